@@ -1,0 +1,31 @@
+"""One small file per family: how a Hugging Face config and its weight names map onto ours.
+
+A family module is found by listing this folder. It has `MODEL_TYPES` (Hugging Face `model_type` values),
+`config_from_hf(hf) -> ModelConfig`, `config_to_hf(config) -> dict`, and `WEIGHTS`, a tuple of `common.Row`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+
+from llmctl.errors import UserError
+
+
+def modules() -> Iterator[ModuleType]:
+    for entry in pkgutil.iter_modules(__path__):
+        if entry.name != "common":
+            yield importlib.import_module(f"{__name__}.{entry.name}")
+
+
+def find(model_type: str | None) -> ModuleType:
+    """The family module for a Hugging Face `model_type`. Raises UserError with the list of those that exist."""
+    known = {name: module for module in modules() for name in module.MODEL_TYPES}
+    if model_type in known:
+        return known[model_type]
+    near = difflib.get_close_matches(str(model_type), known, n=1)
+    hint = f"known families: {', '.join(sorted(known))}" + (f"; the nearest is {near[0]}" if near else "")
+    raise UserError(f"model family {model_type!r} is not one that llmctl has", hint)

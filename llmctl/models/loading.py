@@ -1,0 +1,84 @@
+"""From a Hugging Face directory to a model and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmctl import checkpoint, files
+from llmctl.errors import UserError
+from llmctl.models import families, weights
+from llmctl.models.config import ModelConfig
+from llmctl.models.transformer import CausalLM
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The model's shape from `config.json` (or a directory that holds one)."""
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    hf = files.read_json(file)
+    family = families.find(hf.get("model_type"))
+    try:
+        return family.config_from_hf(hf)
+    except KeyError as error:
+        raise UserError(f"{file}: the key {error} is missing or has a value that llmctl does not know") from error
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+) -> CausalLM:
+    """The model of a checkpoint directory, in eval mode; weights stay memory-mapped where neither dtype nor device changes.
+
+    `dtype` None keeps what the file has. Raises UserError where the weights and config.json disagree.
+    """
+    path = Path(path)
+    config = read_config(path)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    stored = checkpoint.open_tensors(path)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    family = families.find(config.family)
+    for name, tensor in weights.load_tensors(family, shapes, config.n_layers, stored.keys(), stored.get):
+        _assign(model, name, tensor.to(device=device, dtype=dtype).contiguous())
+    return model.eval()
+
+
+def hf_tensors(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our parameters under the family's Hugging Face names; tensors that need no change are shared, not copied."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    table = families.find(config.family).WEIGHTS
+    return {
+        theirs: weights.to_theirs(change, [tensors[name].detach() for name in ours])
+        for theirs, ours, change in weights.matches(table, config.n_layers, shapes)
+    }
+
+
+def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict:
+    """The content of config.json: what the model was read with, under what it is now."""
+    name = str(dtype).removeprefix("torch.")
+    ours = families.find(config.family).config_to_hf(config)
+    merged = {**config.hf, **ours, "torch_dtype": name, "dtype": name}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def save_model(model: CausalLM, directory: str | Path) -> None:
+    """Write config.json and the weights into an existing directory."""
+    tensors = dict(model.named_parameters())
+    dtype = next(iter(tensors.values())).dtype
+    write_config(model.config, dtype, directory)
+    checkpoint.save_tensors(directory, hf_tensors(model.config, tensors))
+
+
+def write_config(config: ModelConfig, dtype: torch.dtype, directory: str | Path) -> None:
+    text = json.dumps(hf_config(config, dtype), indent=2, ensure_ascii=False)
+    files.write_atomic(Path(directory) / "config.json", f"{text}\n".encode())
+
+
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))

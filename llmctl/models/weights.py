@@ -1,0 +1,76 @@
+"""Reads a family's table of weight names both ways, so that load and save cannot disagree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from llmctl.errors import UserError
+from llmctl.models.families.common import Row
+
+
+def to_ours(change: str, tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Undo `to_theirs`; `sizes` are the lengths of our parts along their first dimension."""
+    if change == "rename":
+        return [tensor]
+    assert change == "split_columns", change
+    return [part.mT if part.dim() == 2 else part for part in tensor.split(list(sizes), dim=-1)]
+
+
+def to_theirs(change: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    if change == "rename":
+        return parts[0]
+    assert change == "split_columns", change
+    return torch.cat([part.mT if part.dim() == 2 else part for part in parts], dim=-1).contiguous()
+
+
+def matches(
+    table: Iterable[Row], n_layers: int, shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, list[str], str]]:
+    """(their name, our names, change) for every row that the model has parameters for."""
+    for entry in table:
+        for layer in range(n_layers) if "{}" in entry.theirs else [0]:
+            ours = [name.replace("{}", str(layer), 1) for name in entry.ours]
+            if all(name in shapes for name in ours):
+                yield entry.theirs.replace("{}", str(layer), 1), ours, entry.change
+
+
+def load_tensors(
+    family,
+    shapes: Mapping[str, torch.Size],
+    n_layers: int,
+    available: Iterable[str],
+    get: Callable[[str], torch.Tensor],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (our name, tensor) for every parameter in `shapes`, one file tensor at a time.
+
+    `available` are the names in the file; a missing wrapper such as `transformer.` is tolerated. Names that match a pattern of
+    the family's IGNORABLE (buffers of old checkpoints), or a second copy of a tied head, may be left over.
+    Raises UserError naming what is missing, left over or of another shape.
+    """
+    names = {_bare(name): name for name in available}
+    wanted = list(matches(family.WEIGHTS, n_layers, shapes))
+    missing = [theirs for theirs, _, _ in wanted if _bare(theirs) not in names]
+    used = {_bare(theirs) for theirs, _, _ in wanted}
+    ignorable = (*family.IGNORABLE, *(() if "lm_head.weight" in shapes else (r"^lm_head\.weight$",)))
+    extra = [
+        name for bare, name in names.items() if bare not in used and not any(re.search(p, name) for p in ignorable)
+    ]
+    for complaint, some in (("lacks", missing), ("has the unknown", extra)):
+        if some:
+            shown = ", ".join(some[:3]) + (f" and {len(some) - 3} more" if len(some) > 3 else "")
+            raise UserError(f"the weights do not fit config.json: the checkpoint {complaint} {shown}")
+    for theirs, ours, change in wanted:
+        sizes = [shapes[name][0] for name in ours]
+        tensor = get(names[_bare(theirs)])
+        expected = to_theirs(change, [torch.empty(shapes[name], device="meta") for name in ours]).shape
+        if tensor.shape != expected:
+            raise UserError(f"{theirs} has shape {list(tensor.shape)}; config.json says {list(expected)}")
+        yield from zip(ours, to_ours(change, tensor, sizes))
+
+
+def _bare(name: str) -> str:
+    """A name without the wrapper that some exporters leave out (`transformer.h.0…` and `h.0…` are the same tensor)."""
+    return re.sub(r"^(transformer|model)\.", "", name)
