@@ -1,0 +1,107 @@
+"""The `llmctl` program: finds a command, runs it, and turns whatever goes wrong into one clear line and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+import sys
+
+import click
+
+from llmctl import __version__, commands, ui
+from llmctl.failures import did_you_mean, exit_code_of
+
+COMPLETE_VARIABLE = "_LLMCTL_COMPLETE"
+
+
+class Program(click.Group):
+    """The commands are the modules of `llmctl.commands`, each imported only when it is wanted."""
+
+    def list_commands(self, ctx):
+        return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(commands.__path__))
+
+    def get_command(self, ctx, cmd_name):
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command = importlib.import_module(f"llmctl.commands.{cmd_name.replace('-', '_')}").command
+        command.name = cmd_name
+        return command
+
+    def resolve_command(self, ctx, args):
+        name = ctx.token_normalize_func(args[0])
+        known = self.list_commands(ctx)
+        if name not in known and not name.startswith("-") and not ctx.resilient_parsing:
+            error = click.UsageError(f"no such command: {args[0]}", ctx)
+            error.hint = did_you_mean(name, known) or "llmctl --help lists the commands"
+            raise error
+        return super().resolve_command(ctx, args)
+
+
+@click.command(
+    cls=Program,
+    no_args_is_help=True,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "auto_envvar_prefix": "LLMCTL",
+        "max_content_width": 100,
+        "token_normalize_func": lambda name: name.replace("_", "-"),
+    },
+)
+@click.option("--quiet", is_flag=True, help="No notes and no progress, only warnings.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+@click.version_option(__version__, "--version", "-V", message="llmctl %(version)s")
+@click.pass_context
+def program(ctx, quiet, debug):
+    """The whole life of a language model, in commands that compose.
+
+    Standard output is data for the next command, standard error is for people. `llmctl COMMAND --help` explains a
+    command with examples.
+    """
+    ctx.meta["llmctl.quiet"] = quiet
+    ctx.meta["llmctl.debug"] = debug
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program with these arguments and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if COMPLETE_VARIABLE in os.environ:
+        return _complete(argv)
+    ctx = None
+    try:
+        _print_notices()
+        with program.make_context("llmctl", list(argv)) as ctx:
+            program.invoke(ctx)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return 0
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - every failure becomes a line and an exit code
+        return exit_code_of(error, ctx)
+
+
+class _Notices(logging.Handler):
+    """What the library has to say, for a person."""
+
+    def emit(self, record):
+        if record.levelno >= logging.WARNING and ui.is_main_process():
+            click.echo(f"warning: {record.getMessage()}", err=True)
+        elif record.levelno == logging.INFO:
+            ui.note(record.getMessage())
+
+
+def _print_notices() -> None:
+    logger = logging.getLogger("llmctl")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Notices())
+    logger.propagate = False
+
+
+def _complete(words: list[str]) -> int:
+    """Answer the shell: one `type<TAB>value<TAB>help` line for each word that may stand in place of the last one."""
+    from click.shell_completion import ShellComplete
+
+    completion = ShellComplete(program, {}, "llmctl", COMPLETE_VARIABLE)
+    for item in completion.get_completions(words[:-1], words[-1] if words else ""):
+        click.echo(f"{item.type}\t{item.value}\t{item.help or ''}")
+    return 0
