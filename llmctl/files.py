@@ -13,25 +13,38 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llmctl.errors import CalledWrongly, UserError
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Put `data` under `path`: after a crash at any moment the file holds either its old or its new content."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    with staged_file(path, overwrite=True) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def staged_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A fresh file beside `path`, open for writing; when the block ends it takes the name `path`, when it fails it goes.
+
+    Raises `CalledWrongly` for an output that exists without `overwrite`.
+    """
+    target = Path(path).absolute()
+    refuse_existing(path, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
-        with open(partial, "xb") as file:
-            file.write(data)
+        with open(partial, "xb") as file, _locked(partial):
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(partial, target)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    _fsync(target.parent)
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -66,8 +79,7 @@ def staged_directory(path: str | os.PathLike, overwrite: bool = False) -> Iterat
     Raises `CalledWrongly` for an output that exists without it.
     """
     target = Path(path).absolute()
-    if _is_occupied(target) and not overwrite:
-        raise CalledWrongly(f"{path}: exists already", hint="choose another --output, or add --overwrite")
+    refuse_existing(path, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
     stage = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
@@ -80,6 +92,12 @@ def staged_directory(path: str | os.PathLike, overwrite: bool = False) -> Iterat
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
+
+
+def refuse_existing(path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Raise `CalledWrongly` for an output that exists, before any work is done for it."""
+    if _is_occupied(Path(path).absolute()) and not overwrite:
+        raise CalledWrongly(f"{path}: exists already", hint="choose another --output, or add --overwrite")
 
 
 def _is_occupied(target: Path) -> bool:
