@@ -25,7 +25,7 @@ def exit_code_of(error: BaseException, ctx: click.Context | None) -> int:
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code
     message, hint, code, is_expected = _explain(error, ctx)
-    if ctx is not None and ctx.meta.get("llmctl.debug") or os.environ.get("LLMCTL_DEBUG") == "1":
+    if ctx is not None and ctx.meta.get("llmctl.debug"):
         traceback.print_exception(error)
     elif not is_expected:
         hint = "this is a defect of llmctl; --debug shows where it happened"

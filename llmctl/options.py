@@ -51,8 +51,8 @@ COUNT = Quantity("count", quantities.parse_count, quantities.format_count, at_le
 SIZE = Quantity("size", quantities.parse_size, quantities.format_size, at_least=0)
 DURATION = Quantity("duration", quantities.parse_duration, quantities.format_duration, at_least=0)
 INTERVAL = Quantity("steps|duration", quantities.parse_interval, quantities.format_interval, above=0)
-PATH = click.Path()
-FILE = click.Path(exists=True, dir_okay=False, allow_dash=True)
+PATH = click.Path()  # something to read; a path that is not there is reported by whoever opens it
+OUTPUT = click.Path(writable=True)  # something to write: a step of a recipe that names it makes it
 
 _NAMED_TYPES = {
     "count": COUNT,
@@ -60,7 +60,7 @@ _NAMED_TYPES = {
     "duration": DURATION,
     "interval": INTERVAL,
     "path": PATH,
-    "file": FILE,
+    "output": OUTPUT,
 }
 _PYTHON_TYPES = {int: INT, float: FLOAT, str: click.STRING}
 
@@ -146,7 +146,7 @@ def model_argument(function=None, *, required: bool = True):
 
 def output_option(function=None, *, help: str = "Where to write the result.", required: bool = False):
     """`--output/-o PATH`."""
-    option = click.option("--output", "-o", cls=Option, type=PATH, metavar="PATH", required=required, help=help)
+    option = click.option("--output", "-o", cls=Option, type=OUTPUT, metavar="PATH", required=required, help=help)
     return option(function) if function else option
 
 
@@ -214,7 +214,8 @@ def _value_type(hint, metadata):
 def _recipe_option():
     return Option(
         ["--recipe"],
-        type=FILE,
+        type=PATH,
+        metavar="FILE",
         is_eager=True,
         callback=_read_recipe,
         group=COMMON,
