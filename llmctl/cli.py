@@ -98,10 +98,11 @@ def _print_notices() -> None:
 
 
 def _complete(words: list[str]) -> int:
-    """Answer the shell: one `type<TAB>value<TAB>help` line for each word that may stand in place of the last one."""
+    """Answer the shell as `completion_scripts` describes."""
     from click.shell_completion import ShellComplete
 
-    completion = ShellComplete(program, {}, "llmctl", COMPLETE_VARIABLE)
-    for item in completion.get_completions(words[:-1], words[-1] if words else ""):
+    *before, current = words or [""]
+    before = [word for word in before if word != "="]  # bash makes three words of --flag=value
+    for item in ShellComplete(program, {}, "llmctl", COMPLETE_VARIABLE).get_completions(before, current):
         click.echo(f"{item.type}\t{item.value}\t{item.help or ''}")
     return 0
