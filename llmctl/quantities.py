@@ -111,11 +111,9 @@ def _whole(number: float, text: str) -> int:
 
 
 def _shortened(number: float, base: int, units: list[str]) -> str:
-    for unit in units[:-1]:
-        if abs(number) < base - 0.5:
-            break
+    scale = 0
+    while abs(number) >= base - 0.5 and scale < len(units) - 1:
         number /= base
-    else:
-        unit = units[-1]
+        scale += 1
     digits = f"{number:.0f}" if number == int(number) or abs(number) >= 100 else f"{number:.3g}"
-    return f"{digits}{unit}"
+    return f"{digits}{units[scale]}"
