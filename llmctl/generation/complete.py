@@ -1,0 +1,69 @@
+"""Many prompts: checked, sorted by length into batches, and given back in the order they came."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from llmctl.errors import UserError
+from llmctl.generation.completion import Completion
+from llmctl.generation.decode import decode
+from llmctl.generation.settings import Sampling
+from llmctl.models.transformer import CausalLM
+from llmctl.tokenizer import Tokenizer
+
+BATCHES_PER_WINDOW = 32  # prompts are sorted within so many batches: enough for equal lengths, few enough to stream
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a prompt by the tokenizer's own rule for special tokens; an empty one begins a new text."""
+    ids = tokenizer.encode(text)
+    if ids:
+        return ids
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    if start is None:
+        raise UserError("the prompt is empty and the tokenizer has neither a BOS nor an EOS token to begin with")
+    return [start]
+
+
+def prepare(
+    model: CausalLM,
+    prompt_ids: Sequence[int],
+    sampling: Sampling,
+    *,
+    sequence: int = 0,
+    eos_ids: frozenset[int] = frozenset(),
+    tokenizer: Tokenizer | None = None,
+    name: str = "the prompt",
+) -> Completion:
+    """A completion that has yet to begin. Raises `UserError` for a prompt that the model cannot read whole.
+
+    `sampling` is resolved. The new tokens fill the context at most; the last one may lie just outside, since it is
+    not read back.
+    """
+    context, vocab_size = model.config.max_positions, model.config.vocab_size
+    if len(prompt_ids) > context:
+        raise UserError(
+            f"{name} has {len(prompt_ids)} tokens; the model's context is {context}", hint="shorten it: it is never cut"
+        )
+    if max(prompt_ids) >= vocab_size:
+        raise UserError(
+            f"{name} has token {max(prompt_ids)}; the model's vocabulary ends at {vocab_size - 1}",
+            hint="this is not the tokenizer that the model was trained with",
+        )
+    max_new_tokens = min(sampling.max_new_tokens, context - len(prompt_ids) + 1)
+    return Completion(prompt_ids, sampling, sequence, max_new_tokens, eos_ids, tokenizer)
+
+
+def complete(model: CausalLM, completions: Iterable[Completion], batch_size: int) -> Iterator[Completion]:
+    """Run prepared completions to their ends; each is given back as soon as all before it have been."""
+    waiting = iter(completions)
+    while window := list(itertools.islice(waiting, batch_size * BATCHES_PER_WINDOW)):
+        # Longest first: if memory is short, it shows at once.
+        by_length = sorted(window, key=lambda completion: -len(completion.prompt_ids))
+        given = 0
+        for start in range(0, len(by_length), batch_size):
+            for _ in decode(model, by_length[start : start + batch_size]):
+                while given < len(window) and window[given].finish_reason is not None:
+                    yield window[given]
+                    given += 1
