@@ -44,9 +44,8 @@ class Tokenizer:
         )
         self.adds_bos = self.bos_id is not None and self._front[:1] == [self.bos_id]
         self.chat_template = special.default_chat_template(self.config)
-        self._spec = jsonlib.loads(json_text)
         self._bulk_encoder = None
-        self._pieces = decoding.pieces_for(self._tokenizer, self._spec)
+        self._pieces = decoding.pieces_for(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
@@ -92,7 +91,7 @@ class Tokenizer:
             back = self._back
             if self.eos_id is not None and self.eos_id not in back:
                 back = [*back, self.eos_id]
-            self._bulk_encoder = bulk.encoder_for(self.json, self._spec, self._front, back)
+            self._bulk_encoder = bulk.encoder_for(self._tokenizer, self._front, back)
         return self._bulk_encoder.encode(texts, threads)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Sequence
 
@@ -12,6 +13,14 @@ from llmctl.tokenization import training
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 CHARACTER_BYTES = {character: byte for byte, character in training.byte_characters().items()}
+
+
+def spelled_bytes(spelling: str) -> bytes | None:
+    """The bytes that a byte-level token stands for, or None where a character of it is no byte's."""
+    try:
+        return bytes([CHARACTER_BYTES[character] for character in spelling])
+    except KeyError:
+        return None
 
 
 class ByteLevelPieces:
@@ -24,10 +33,8 @@ class ByteLevelPieces:
 
     def bytes_of(self, token: int) -> bytes:
         spelling = self._tokenizer.id_to_token(token) or ""
-        try:
-            return bytes([CHARACTER_BYTES[character] for character in spelling])
-        except KeyError:  # an added token, written as itself
-            return spelling.encode()
+        spelled = spelled_bytes(spelling)
+        return spelling.encode() if spelled is None else spelled  # an added token is written as itself
 
 
 class SentencePieces:
@@ -43,9 +50,9 @@ class SentencePieces:
         return bytes([int(byte[1], 16)]) if byte else spelling.replace("▁", " ").encode()
 
 
-def pieces_for(tokenizer: tokenizers.Tokenizer, spec: dict) -> ByteLevelPieces | SentencePieces | None:
+def pieces_for(tokenizer: tokenizers.Tokenizer) -> ByteLevelPieces | SentencePieces | None:
     """How tokens spell bytes, or None where the decoder is not a plain concatenation of them (WordPiece, say)."""
-    decoder = spec.get("decoder") or {}
+    decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
     steps = decoder["decoders"] if decoder.get("type") == "Sequence" else [decoder]
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:

@@ -1,0 +1,73 @@
+/* The whole C ABI of libllmctl: plain pointers and sizes, no exception crosses it.
+ *
+ * Functions that return int give 0 for success and 1 for failure; the message of the calling thread's last failure
+ * is in llmctl_last_error(). Pointers may be null where their count is 0.
+ */
+#ifndef LLMCTL_H
+#define LLMCTL_H
+
+#include <stdint.h>
+
+/* Raised by every change to this header; the Python side refuses a library with another number. */
+#define LLMCTL_ABI 1
+
+#define LLMCTL_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+LLMCTL_API int llmctl_abi_version(void);
+LLMCTL_API const char* llmctl_last_error(void);
+
+/* 1 where the CUDA kernels were compiled in. */
+LLMCTL_API int llmctl_built_with_cuda(void);
+
+/* What this processor and its operating system can run, not what the compiler was told. */
+enum {
+    LLMCTL_CPU_AVX2 = 1 << 0,        /* with FMA and F16C */
+    LLMCTL_CPU_AVX512 = 1 << 1,      /* F, BW, DQ, VL */
+    LLMCTL_CPU_AVX512_VNNI = 1 << 2,
+    LLMCTL_CPU_AVX512_BF16 = 1 << 3,
+    LLMCTL_CPU_AVX_VNNI = 1 << 4,
+    LLMCTL_CPU_AMX_INT8 = 1 << 5,
+    LLMCTL_CPU_AMX_BF16 = 1 << 6,
+    LLMCTL_CPU_NEON = 1 << 7
+};
+LLMCTL_API uint64_t llmctl_cpu_features(void);
+
+/* How a byte-level BPE tokenizer cuts a text into words before it merges. */
+enum {
+    LLMCTL_SPLIT_NONE = 0,    /* the whole text is one word */
+    LLMCTL_SPLIT_GPT2 = 1,    /* 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
+    LLMCTL_SPLIT_CL100K = 2,  /* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}
+                                 | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+ */
+    LLMCTL_SPLIT_QWEN2 = 3    /* the same with \p{N} for \p{N}{1,3} */
+};
+
+/* Makes an encoder. byte_ids [256]: the token of each byte. merges [n_merges, 3]: left id, right id, merged id, in
+ * order of rank. Encoding from several threads at once is safe; llmctl_bpe_destroy takes the encoder or null. */
+LLMCTL_API int llmctl_bpe_create(int32_t split, const uint32_t* byte_ids, const uint32_t* merges, int64_t n_merges,
+                                 void** encoder);
+LLMCTL_API void llmctl_bpe_destroy(void* encoder);
+
+/* Words that become one token whatever the merges say: bytes of word i are bytes[offsets[i]..offsets[i + 1]]. */
+LLMCTL_API int llmctl_bpe_add_words(void* encoder, const uint8_t* bytes, const int64_t* offsets, const uint32_t* ids,
+                                    int64_t n_words);
+
+/* Strings that are tokens wherever they stand in a text, the longest first; one whose id is UINT32_MAX is found, and
+ * so hides what overlaps it, but stays text. */
+LLMCTL_API int llmctl_bpe_add_tokens(void* encoder, const uint8_t* bytes, const int64_t* offsets, const uint32_t* ids,
+                                     int64_t n_tokens);
+
+/* Encodes UTF-8 documents, document i being text[text_offsets[i]..text_offsets[i + 1]], on up to n_threads threads.
+ * Ids of document i land in ids[id_offsets[i]..id_offsets[i + 1]], between the n_front and n_back ids that surround
+ * each. ids needs room for text_offsets[n_documents] - text_offsets[0] + n_documents * (n_front + n_back) of them. */
+LLMCTL_API int llmctl_bpe_encode(void* encoder, const uint8_t* text, const int64_t* text_offsets, int64_t n_documents,
+                                 const uint32_t* front, int64_t n_front, const uint32_t* back, int64_t n_back,
+                                 int32_t n_threads, uint32_t* ids, int64_t* id_offsets);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
