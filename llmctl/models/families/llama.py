@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmctl.models.config import Attention, Block, GatedMlp, ModelConfig, Norm, Rope
+from llmctl.models.config import Attention, Block, GatedMlp, ModelConfig, Norm
 from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, rope_from_hf, rope_to_hf, row
 
 MODEL_TYPES = ("llama",)

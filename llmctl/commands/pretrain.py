@@ -1,0 +1,51 @@
+"""`llmctl pretrain`."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from llmctl import options
+from llmctl.train.settings import PretrainSettings
+
+EXAMPLES = """
+cat corpus.txt | llmctl tokenize --val-fraction 0.1 | llmctl pretrain --time 10m -o runs/base
+llmctl pretrain corpus.arrow --params 30M --epochs 2 --seq-len 512 -o runs/30m
+llmctl pretrain more.arrow --init-from runs/30m --lr 0.002 -o runs/continued
+llmctl pretrain --resume -o runs/base
+torchrun --nproc-per-node 8 -m llmctl pretrain shards/ --preset tinyllama --tokens 20B -o runs/1b
+"""
+
+
+@options.command(EXAMPLES)
+@click.argument("tokens_files", metavar="[TOKENS]...", nargs=-1, type=options.PATH)
+@options.output_option(help="Directory of the run and of its checkpoint.")
+@options.settings(PretrainSettings)
+def command(tokens_files, output, settings):
+    """Train a language model from scratch, or further, on token streams.
+
+    TOKENS are files and shard directories that `llmctl tokenize` wrote; without any the stream is read from standard
+    input. The output is a Hugging Face checkpoint, and its path is printed when it is complete. With no flags at all
+    a model that suits the corpus is trained for ten minutes into runs/pretrain.
+    """
+    import dataclasses
+    import sys
+
+    from llmctl import ui
+    from llmctl.reports import Reports, dry_run_rows
+    from llmctl.train.pretrain import Pretraining, process_group
+
+    began = time.monotonic()
+    piped = sys.stdin is not None and not sys.stdin.isatty()
+    inputs = list(tokens_files) or (["-"] if piped else [])
+    given = frozenset(field.name for field in dataclasses.fields(settings) if options.given(field.name))
+    with process_group():
+        run = Pretraining(settings, inputs, output or "runs/pretrain", given, began)
+        if settings.dry_run:
+            ui.table("dry run", ["", ""], dry_run_rows(run.dry_run()))
+            return
+        with Reports(settings.log, run.run_directory.path) as reports:
+            for event in run.run():
+                reports.show(event)
+        ui.print_data(str(run.run_directory.path))

@@ -1,0 +1,36 @@
+"""Fresh weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llmctl.models.config import ModelConfig
+from llmctl.models.transformer import CausalLM
+
+
+def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> CausalLM:
+    """A model with random weights, the same for the same seed on every device.
+
+    Matrices are normal with variance 0.5 / fan-in, so that a layer keeps the size of its input at any width; the last matrix
+    of each branch starts at zero, so that a block begins as the identity (arXiv:1901.09321); embeddings are normal with the
+    config's `initializer_range`, norms one, biases zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            _initialize(name, parameter, config.initializer_range, generator)
+    return model.to(device)
+
+
+def _initialize(name: str, parameter: nn.Parameter, embedding_range: float, generator: torch.Generator) -> None:
+    if parameter.dim() == 1:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+        parameter.zero_()
+    else:
+        scale = embedding_range if name.startswith("embed") else (0.5 / parameter.shape[1]) ** 0.5
+        parameter.normal_(0.0, scale, generator=generator)

@@ -1,0 +1,62 @@
+"""Shapes for a number of parameters or a preset's name, as Hugging Face configs. No torch here."""
+
+from __future__ import annotations
+
+from llmctl.models import families
+from llmctl.models.config import ModelConfig, parameter_count
+
+PRESETS = {
+    "gpt2": {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2-medium": {"model_type": "gpt2", "n_embd": 1024, "n_layer": 24, "n_head": 16},
+    "llama-160m": {
+        "model_type": "llama",
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    },
+    "tinyllama": {
+        "model_type": "llama",
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+def preset(name: str, vocab_size: int, max_positions: int) -> ModelConfig:
+    return _build({**PRESETS[name], "vocab_size": vocab_size}, max_positions)
+
+
+def for_parameters(family: str, n_parameters: int, vocab_size: int, max_positions: int) -> ModelConfig:
+    """The shape whose parameter count, embeddings included, comes nearest to `n_parameters`."""
+    widths = [*range(32, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
+    candidates = (_build(_hf_shape(family, width, vocab_size), max_positions) for width in widths)
+    return min(candidates, key=lambda config: abs(parameter_count(config) - n_parameters))
+
+
+def _hf_shape(family: str, width: int, vocab_size: int) -> dict:
+    # Depth grows with width as in GPT-2 and Llama: 12 layers at 768, 24 at 2048, and never fewer than 4.
+    depth = max(4, round(width / 64)) if width <= 1024 else 16 + round((width - 1024) / 128)
+    heads = width // (64 if width >= 512 and width % 64 == 0 else 32)
+    if family == "gpt2":
+        return {"model_type": "gpt2", "vocab_size": vocab_size, "n_embd": width, "n_layer": depth, "n_head": heads}
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": -(-8 * width // 3 // 32) * 32,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4 if width >= 1024 and heads % 4 == 0 else heads,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": width < 2048,
+    }
+
+
+def _build(hf: dict, max_positions: int) -> ModelConfig:
+    key = "n_positions" if hf["model_type"] == "gpt2" else "max_position_embeddings"
+    return families.find(hf["model_type"]).config_from_hf({**hf, key: max_positions})

@@ -1,0 +1,118 @@
+"""How a training run looks to a person, and the logs that others draw; used by the commands that train."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import click
+
+from llmctl import ui
+from llmctl.errors import CalledWrongly
+from llmctl.quantities import format_count, format_duration, format_size
+from llmctl.train.events import Event, Finished, Planned, Saved, Started, Trained, Validated
+
+
+class Reports:
+    """Shows events on standard error, one line each, and passes numbers on to `loggers` ("tensorboard", "wandb")."""
+
+    def __init__(self, loggers: tuple[str, ...], run: Path):
+        self._sinks = [_SINKS[name](run) for name in loggers] if ui.is_main_process() else []
+
+    def __enter__(self) -> Reports:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+    def show(self, event: Event) -> None:
+        if not ui.is_quiet():
+            click.echo(line(event), err=True)
+        if isinstance(event, (Trained, Validated)):
+            for sink in self._sinks:
+                sink.log(_numbers(event), event.step)
+
+
+def line(event: Event) -> str:
+    """One line for a person."""
+    match event:
+        case Started():
+            going_on = f", going on from step {event.step}" if event.step else ""
+            return (
+                f"{format_count(event.n_parameters)} parameters ({event.shape}); "
+                f"{format_count(event.train_tokens)} training and {format_count(event.val_tokens)} validation tokens, "
+                f"{format_count(event.tokens_per_step)} a step; {event.device} in {event.dtype}, "
+                f"peak {event.peak_flops / 1e12:.2f} TFLOP/s{going_on}"
+            )
+        case Planned():
+            return f"{event.total_steps} steps, {event.epochs:.2f} epochs"
+        case Trained():
+            left = "" if event.seconds_left is None else f"  {format_duration(event.seconds_left)} left"
+            return (
+                f"step {event.step}/{event.total_steps or '?'}  loss {event.loss:.4f}  lr {event.lr:.2e}  "
+                f"grad {event.grad_norm:.2f}  {format_count(event.tokens_per_second)} tokens/s  MFU {event.mfu:.0%}  "
+                f"{format_size(event.memory_bytes)}{left}"
+            )
+        case Validated():
+            bits = "" if event.bits_per_byte is None else f", {event.bits_per_byte:.4f} bits per byte"
+            return f"step {event.step}  validation {event.loss:.4f} nats per token{bits}"
+        case Saved():
+            return f"step {event.step}  saved {event.path}"
+        case Finished():
+            return f"finished {event.step} steps in {format_duration(event.seconds)}: {event.path}"
+
+
+def dry_run_rows(found: dict) -> list[list[str]]:
+    """The rows of a table for what `Pretraining.dry_run` found."""
+    return [
+        ["shape", found["shape"]],
+        ["parameters", format_count(found["parameters"])],
+        ["steps", f"{found['steps']} of {format_count(found['tokens_per_step'])} tokens, {found['epochs']:.2f} epochs"],
+        ["compute", f"{found['flops']:.2e} FLOPs"],
+        ["peak memory", format_size(found["memory_bytes"])],
+        ["disk", format_size(found["disk_bytes"])],
+        ["speed", f"{format_count(found['tokens_per_second'])} tokens/s"],
+        ["time", format_duration(found["seconds"])],
+    ]
+
+
+def _numbers(event: Trained | Validated) -> dict[str, float]:
+    if isinstance(event, Validated):
+        named = {"validation/loss": event.loss, "validation/bits_per_byte": event.bits_per_byte}
+        return {name: value for name, value in named.items() if value is not None}
+    kept = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "tokens")
+    return {f"train/{name}": getattr(event, name) for name in kept}
+
+
+class _TensorBoard:
+    def __init__(self, run: Path):
+        self._writer = _module("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, run: Path):
+        self._run = _module("wandb", "wandb").init(name=run.name, dir=str(run), resume="allow", id=run.name)
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _module(name: str, package: str):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise CalledWrongly(f"--log {package} needs the package {package}", f"pip install {package}") from error
+
+
+_SINKS = {"tensorboard": _TensorBoard, "wandb": _Wandb}

@@ -1,0 +1,124 @@
+"""One optimizer step and one validation: the loop that every kind of training runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from llmctl.data.packing import Batch
+from llmctl.errors import UserError
+from llmctl.models.transformer import CausalLM
+from llmctl.train import distributed
+from llmctl.train.hardware import autocast
+from llmctl.train.loss import cross_entropy, token_losses
+from llmctl.train.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss` in nats per target token, `grad_norm` before clipping, `learning_rate` of the first group."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+class Objective(nn.Module):
+    """The summed next-token loss of a batch; a module, so that sharding gathers head and embedding around it."""
+
+    def __init__(self, model: CausalLM, z_loss: float):
+        super().__init__()
+        self.model, self.z_loss = model, z_loss
+
+    def forward(self, inputs_BT, targets_BT, documents_BT=None) -> torch.Tensor:
+        """Sum of nats over all targets in training mode; [B * T] nats of each, without gradient, in eval mode."""
+        hidden_ND = self.model.hidden(inputs_BT, documents_BT=documents_BT).flatten(0, 1)
+        if self.training:
+            return cross_entropy(hidden_ND, self.model.head_weight, targets_BT.flatten(), self.z_loss)
+        return token_losses(hidden_ND, self.model.head_weight, targets_BT.flatten())
+
+
+@dataclass
+class Trainer:
+    """Weights, optimizers and the step they are at. It neither prints nor saves."""
+
+    objective: Objective
+    optimizers: Sequence[torch.optim.Optimizer]
+    schedule: Schedule
+    device: torch.device
+    dtype: torch.dtype
+    clip: float = 1.0
+    seed: int = 0
+    step_number: int = 0
+    total_steps: int | None = None
+
+    def __post_init__(self):
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["peak_lr"] = group["lr"]
+
+    def step(self, micro_batches: Sequence[Batch], n_targets: int) -> StepResult:
+        """Train on this process's micro batches; `n_targets` counts the targets of all processes together.
+
+        The loss is divided by that total once, so that cutting a batch into micro batches or ranks changes nothing.
+        Raises UserError when loss or gradient is not finite; the weights are then those before the step.
+        """
+        self.objective.train()
+        self._set_learning_rate()
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(micro_batches):
+            if self.objective.model.config.dropout:
+                torch.manual_seed(hash((self.seed, self.step_number, number, distributed.rank())))
+            distributed.sync_gradients(self.objective, number == len(micro_batches) - 1)
+            with autocast(self.device, self.dtype):
+                loss = self.objective(*_tensors(batch, self.device)) / n_targets
+            # sharding averages gradients over the processes; the loss is already divided by everybody's targets
+            (loss * distributed.world_size()).backward()
+            total += loss.detach()
+        norm = self._clip()
+        mean_loss = float(distributed.sum_over_ranks(total))
+        if not (math.isfinite(mean_loss) and math.isfinite(norm)):
+            raise UserError(
+                f"step {self.step_number + 1}: the loss is {mean_loss:g} and the gradient norm {norm:g}",
+                hint="training stopped, the last save is kept; try a lower --learning-rate or a longer --warmup-steps",
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step_number += 1
+        return StepResult(mean_loss, norm, self.optimizers[0].param_groups[0]["lr"])
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """(sum of nats, number of scored tokens) over all batches; ranks take turns."""
+        self.objective.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for number, batch in enumerate(distributed.pad_to_ranks(batches)):
+            if number % distributed.world_size() == distributed.rank():
+                with autocast(self.device, self.dtype):
+                    losses_N = self.objective(*_tensors(batch, self.device))
+                totals += torch.stack([losses_N.double().sum(), torch.tensor(batch.n_targets, device=self.device)])
+        nats, count = distributed.sum_over_ranks(totals).tolist()
+        return nats, round(count)
+
+    def _set_learning_rate(self) -> None:
+        factor = self.schedule.factor(self.step_number, self.total_steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+
+    def _clip(self) -> float:
+        parameters = [p for p in self.objective.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _tensors(batch: Batch, device: torch.device) -> list[torch.Tensor | None]:
+    arrays = (batch.inputs, batch.targets, batch.documents)
+    return [None if array is None else torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]

@@ -1,0 +1,116 @@
+"""A training state as files: weights in the Hugging Face layout, optimizer state by parameter name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmctl import checkpoint
+from llmctl.models import families, weights
+from llmctl.models.loading import hf_tensors, write_config
+from llmctl.train import distributed
+
+if TYPE_CHECKING:
+    from llmctl.tokenizer import Tokenizer
+    from llmctl.train.loop import Trainer
+
+_SHARDED = "optimizer-sharded"
+
+
+def write(trainer: Trainer, tokenizer: Tokenizer, directory: Path | None) -> None:
+    """Write everything of `trainer` into `directory`; with several processes all must call, rank 0 with the directory."""
+    model = trainer.objective.model
+    directory = distributed.from_first(directory)
+    tensors = {name: distributed.whole(parameter) for name, parameter in model.named_parameters()}
+    optimizer = optimizer_tensors(trainer)
+    if distributed.world_size() > 1:
+        _sharded(directory).save(optimizer)
+    if distributed.rank() == 0:
+        write_model(model.config, tensors, tokenizer, directory)
+        if distributed.world_size() == 1:
+            checkpoint.save_tensors(directory, optimizer, stem="optimizer")
+    distributed.barrier()
+
+
+def write_model(config, tensors: dict[str, torch.Tensor], tokenizer: Tokenizer, directory: Path) -> None:
+    """A complete checkpoint of these weights."""
+    import json
+
+    write_config(config, next(iter(tensors.values())).dtype, directory)
+    tokenizer.save(directory)
+    defaults = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    text = json.dumps({key: value for key, value in defaults.items() if value is not None}, indent=2)
+    checkpoint.write_atomic(directory / "generation_config.json", f"{text}\n".encode())
+    checkpoint.save_tensors(directory, hf_tensors(config, tensors))
+
+
+def load(trainer: Trainer, directory: Path) -> None:
+    """Put the state of `write` back, on any number of processes."""
+    load_weights(trainer.objective.model, directory)
+    stored = optimizer_tensors(trainer, empty=True)
+    if (directory / _SHARDED).exists():
+        _sharded(directory).load(stored)
+    else:
+        files = checkpoint.open_tensors(directory, stem="optimizer")
+        for name, tensor in stored.items():
+            _copy_into(tensor, files.get(name))
+
+
+def load_weights(model, directory: Path) -> None:
+    """Copy a checkpoint's weights into an existing model, sharded or not."""
+    files = checkpoint.open_tensors(directory)
+    parameters = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    family = families.find(model.config.family)
+    for name, tensor in weights.load_tensors(family, shapes, model.config.n_layers, files.keys(), files.get):
+        _copy_into(parameters[name], tensor)
+
+
+def optimizer_tensors(trainer: Trainer, empty: bool = False) -> dict[str, torch.Tensor]:
+    """Every tensor of the optimizers' state as `parameter.key`; `empty` creates the state that a first step would."""
+    names = {id(parameter): name for name, parameter in trainer.objective.model.named_parameters()}
+    tensors = {}
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if empty:
+                    optimizer.state[parameter] = _first_state(optimizer, parameter)
+                for key, value in optimizer.state[parameter].items():
+                    tensors[f"{names[id(parameter)]}.{key}"] = value
+    return tensors
+
+
+def _first_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    if isinstance(optimizer, torch.optim.AdamW):
+        moments = {key: torch.zeros_like(parameter, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+        return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}
+    return {"momentum": torch.zeros_like(parameter, requires_grad=False)}
+
+
+@torch.no_grad()
+def _copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
+    if hasattr(target, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = value.to(target.device).contiguous()
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
+
+
+class _sharded:
+    """Optimizer state cut over ranks, in torch.distributed.checkpoint's safetensors layout: no pickle, any world size."""
+
+    def __init__(self, directory: Path):
+        self.path = str(directory / _SHARDED)
+
+    def save(self, tensors: dict[str, torch.Tensor]) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(self.path, save_distributed=True))
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(self.path))
