@@ -1,0 +1,53 @@
+"""Commands run as a person runs them: as processes, with files and pipes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("LLMCTL_DATA", ROOT.parent / "shared" / "data"))
+
+# Several test processes share few cores; torch's own threads would only fight each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def llmctl_command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "llmctl", *map(str, args)]
+
+
+@pytest.fixture
+def llmctl(tmp_path):
+    """Run `llmctl ARGS` in a fresh directory: `llmctl("env", "--json", code=0)` gives a CompletedProcess of text.
+
+    `code` is the exit code to expect; None accepts any. Further keywords are those of subprocess.run; `env` adds to the
+    environment.
+    """
+
+    def run(*args: object, code: int | None = 0, env: dict[str, str] | None = None, **kwargs):
+        kwargs.setdefault("cwd", tmp_path)
+        kwargs.setdefault("timeout", 600)
+        if "input" not in kwargs:
+            kwargs.setdefault("stdin", subprocess.DEVNULL)
+        is_text = not isinstance(kwargs.get("input"), bytes)
+        environment = {**os.environ, **(env or {})}
+        result = subprocess.run(llmctl_command(*args), env=environment, capture_output=True, text=is_text, **kwargs)
+        if code is not None and result.returncode != code:
+            pytest.fail(
+                f"llmctl {' '.join(map(str, args))} ended with {result.returncode}, not {code}:\n{result.stderr}"
+            )
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The directory of real texts and models; a test that asks for it is skipped where there is none."""
+    if not DATA.is_dir():
+        pytest.skip(f"no data in {DATA}; set LLMCTL_DATA")
+    return DATA
