@@ -96,8 +96,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def pad_to_ranks(batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches, then empty ones until every rank has had as many: a sharded forward needs all ranks."""
-    number, last = 0, None
-    for number, last in enumerate(batches, 1):
+    count, last = 0, None
+    for last in batches:
+        count += 1
         yield last
-    for _ in range(-number % world_size()):
+    for _ in range(-count % world_size()):
         yield Batch(last.inputs, np.full_like(last.targets, IGNORE), last.documents)
