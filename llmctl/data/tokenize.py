@@ -1,0 +1,173 @@
+"""Text to a token stream: reading, encoding and writing at the same time, in memory that does not grow with the corpus."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, takewhile
+from pathlib import Path
+from typing import BinaryIO
+
+from llmctl.data.chunks import chunked, text_bytes
+from llmctl.data.documents import DocumentReader
+from llmctl.data.encoding import ChunkEncoder
+from llmctl.data.inputs import find_inputs
+from llmctl.data.prefetch import prefetch
+from llmctl.data.shards import ShardWriter
+from llmctl.data.text import BLOCK, LONGEST
+from llmctl.data.tokenize_settings import TokenizeSettings
+from llmctl.errors import CalledWrongly, UserError
+from llmctl.files import refuse_existing, staged_directory, staged_file
+from llmctl.quantities import format_size
+from llmctl.streams import TRAIN
+from llmctl.tokenizer import Tokenizer
+
+SHARD_TOKENS = 100_000_000
+
+log = logging.getLogger("llmctl")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Bytes read so far in this stage, of a total that is None for a pipe, and the text and tokens written."""
+
+    stage: str
+    bytes_read: int
+    bytes_total: int | None
+    text_bytes: int = 0
+    tokens: int = 0
+
+
+Report = Callable[[Progress], None]
+
+
+def tokenize(
+    paths: list[str], output: str | os.PathLike | BinaryIO, settings: TokenizeSettings, report: Report
+) -> dict[str, Counter]:
+    """Write the token stream of the texts at `paths` ("-" is standard input) to `output`.
+
+    `output` is an open binary file, the name of one file (`.arrow`), or that of a directory of shards; a name appears
+    when it is complete. Returns documents, tokens and bytes per split. Raises `UserError` for empty or wrong input.
+    """
+    _check_outputs(output, settings)
+    reader = DocumentReader(find_inputs(paths), settings.split, settings.field, settings.errors)
+    if settings.tokenizer is None or settings.val_fraction:
+        for each in reader.inputs:
+            each.spool()
+    val_start = _val_start(reader, settings.val_fraction, report) if settings.val_fraction else None
+    encoder = ChunkEncoder(_tokenizer(reader, val_start, settings, report), settings.workers)
+    # Parts that join exactly may be short; other tokenizers get documents whole as far as memory allows.
+    reader.longest = BLOCK if encoder.cuts_exactly else LONGEST
+    rows = prefetch(map(encoder.encode, prefetch(chunked(reader, val_start, encoder.piece))))
+    first = next(rows, None)
+    if first is None:
+        raise _empty(reader)
+    if settings.save_tokenizer:
+        with staged_directory(settings.save_tokenizer, settings.overwrite) as directory:
+            encoder.tokenizer.save(directory)
+    with _opened(output, encoder.tokenizer, settings) as writer:
+        for each in chain([first], rows):
+            writer.write(each)
+            report(_progress(reader, writer))
+    if reader.n_empty:
+        log.info("%d empty documents were left out", reader.n_empty)
+    return writer.counts
+
+
+def is_one_file(output: str | os.PathLike) -> bool:
+    """Whether an output's name is that of one file, rather than of a directory of shards."""
+    return Path(output).suffix == ".arrow"
+
+
+def _check_outputs(output: str | os.PathLike | BinaryIO, settings: TokenizeSettings) -> None:
+    """Refuse before the work what would be refused after it."""
+    is_directory = isinstance(output, (str, os.PathLike)) and not is_one_file(output)
+    if settings.shard_tokens and not is_directory:
+        raise CalledWrongly("--shard-tokens needs a directory as --output", hint="a name ending in .arrow is one file")
+    for path in (output, settings.save_tokenizer):
+        if isinstance(path, (str, os.PathLike)):
+            refuse_existing(path, settings.overwrite)
+
+
+def _val_start(reader: DocumentReader, fraction: float, report: Report) -> int:
+    """The text byte at which validation begins; this reads the whole input once."""
+    total = 0
+    for group in reader:
+        total += text_bytes(group.texts)
+        report(Progress("measure", reader.bytes_read, _size(reader)))
+    if total == 0:
+        raise _empty(reader)
+    n_val = round(total * fraction)
+    if not 0 < n_val < total:
+        raise UserError(f"{total} bytes of text are too few to hold out a share of {fraction}")
+    return total - n_val
+
+
+def _tokenizer(reader: DocumentReader, val_start: int | None, settings: TokenizeSettings, report: Report) -> Tokenizer:
+    if settings.tokenizer is not None:
+        return Tokenizer.load(settings.tokenizer)
+    limit = settings.train_sample if val_start is None else min(settings.train_sample, val_start)
+    log.info(
+        "no --tokenizer: training a byte-level BPE of %d tokens on %s of the text",
+        settings.vocab_size,
+        f"the first {format_size(limit)}" if limit == settings.train_sample else "the training part",
+    )
+    tokenizer = Tokenizer.train_bpe(_sample(reader, limit, report), settings.vocab_size)
+    if tokenizer.vocab_size < settings.vocab_size:
+        log.info("the text gives a vocabulary of %d tokens only", tokenizer.vocab_size)
+    return tokenizer
+
+
+def _sample(reader: DocumentReader, limit: int, report: Report) -> Iterator[str]:
+    """The texts up to byte `limit`."""
+    done = 0
+    for chunk in takewhile(lambda chunk: chunk.split == TRAIN, chunked(reader, limit)):
+        yield from chunk.texts
+        done += int(chunk.sizes.sum())
+        report(Progress("learn", done, limit))
+
+
+@contextlib.contextmanager
+def _opened(
+    output: str | os.PathLike | BinaryIO, tokenizer: Tokenizer, settings: TokenizeSettings
+) -> Iterator[ShardWriter]:
+    """A writer to the output, closed with its totals, and kept, only when the block ends well."""
+    shard_tokens = None
+    with contextlib.ExitStack() as stack:
+        if not isinstance(output, (str, os.PathLike)):
+            sink = output
+        elif is_one_file(output):
+            sink = stack.enter_context(staged_file(output, settings.overwrite))
+        else:
+            directory = stack.enter_context(staged_directory(output, settings.overwrite))
+            shard_tokens = settings.shard_tokens or SHARD_TOKENS
+            shard = stack.enter_context(contextlib.ExitStack())
+
+        def open_sink(number: int) -> BinaryIO:
+            if shard_tokens is None:
+                return sink
+            shard.close()
+            return shard.enter_context(open(directory / f"shard-{number:05}.arrow", "xb"))
+
+        writer = ShardWriter(open_sink, tokenizer, split=settings.val_fraction > 0, shard_tokens=shard_tokens)
+        yield writer
+        writer.close()
+
+
+def _progress(reader: DocumentReader, writer: ShardWriter) -> Progress:
+    written = sum(writer.counts.values(), Counter())
+    return Progress("tokenize", reader.bytes_read, _size(reader), written["bytes"], written["tokens"])
+
+
+def _size(reader: DocumentReader) -> int | None:
+    sizes = [each.size for each in reader.inputs]
+    return None if None in sizes else sum(sizes)
+
+
+def _empty(reader: DocumentReader) -> UserError:
+    names = ", ".join(each.name for each in reader.inputs[:3])
+    return UserError(f"{names}: no text in it, the input is empty")
