@@ -19,7 +19,7 @@ class RotaryTable:
 
     def lookup(self, positions_BT: torch.Tensor | None, length: int, offset: int, device: torch.device):
         """(cos, sin) of shape [T, K], or [B, 1, T, K] when rows have positions of their own."""
-        needed = offset + length if positions_BT is None else int(positions_BT.max()) + 1
+        needed = offset + length  # no position is beyond its column, padded or packed
         if self._cos.shape[0] < needed or self._cos.device != device:
             self._grow(max(needed, 2 * self._cos.shape[0]), device)
         if positions_BT is None:

@@ -40,9 +40,9 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config_
         self.activation_checkpointing = False
-        self.embed_tokens = nn.Embedding(config_.vocab_size, config_.d_model)
+        self.embed_tokens = _embedding(config_.vocab_size, config_.d_model)
         learned = isinstance(config_.positions, config.LearnedPositions)
-        self.embed_positions = nn.Embedding(config_.max_positions, config_.d_model) if learned else None
+        self.embed_positions = _embedding(config_.max_positions, config_.d_model) if learned else None
         self.rotary = None if learned else RotaryTable(config_.positions, config_.blocks[0].mixer.head_dim)
         self.layers = nn.ModuleList(Block(config_, layer) for layer in range(config_.n_layers))
         self.norm = norm.build(config_.final_norm, config_.d_model)
@@ -108,6 +108,11 @@ class CausalLM(nn.Module):
         """Rotate in the precision of the projections, which autocast may have lowered."""
         kind = x_BTD.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
+
+
+def _embedding(count: int, width: int) -> nn.Embedding:
+    # Given a weight, torch draws none: on the meta device that alone imports its compiler, which takes a second.
+    return nn.Embedding(count, width, _weight=torch.empty(count, width))
 
 
 def _positions(length, offset, starts_B, documents_BT, device) -> torch.Tensor | None:
