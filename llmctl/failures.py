@@ -64,8 +64,10 @@ def _sentence(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption):
         return f"no such option: {error.option_name}"
     ctx, param = getattr(error, "ctx", None), getattr(error, "param", None)
-    if type(error) is click.BadParameter and ctx is not None and param is not None:
+    if isinstance(error, click.BadParameter) and ctx is not None and param is not None:
         name = max(param.opts, key=len) if isinstance(param, click.Option) else param.make_metavar(ctx)
+        if isinstance(error, click.MissingParameter):
+            return f"missing {param.param_type_name}: {name}"
         return f"{_source(ctx, param)}{name}: {error.message.rstrip('.')}"
     text = error.format_message().rstrip(".")
     return text[:1].lower() + text[1:]
@@ -102,7 +104,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _memory_hint(ctx: click.Context | None) -> str:
-    names = {param.name for param in ctx.command.params} if ctx else set()
+    command = ctx.meta.get("llmctl.command") if ctx else None
+    names = {param.name for param in command.params} if command else set()
     flags = [f"--{name.replace('_', '-')}" for name in _MEMORY_FLAGS if name in names]
     return f"try a smaller {' or '.join(flags[:2])}" if flags else "close other programs or use a smaller model"
 

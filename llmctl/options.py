@@ -91,6 +91,17 @@ class Command(click.Command):
         self.context_settings = {"max_content_width": 100, **self.context_settings}
         self.params += [*([_recipe_option()] if takes_recipe else []), *_message_options()]
 
+    def parse_args(self, ctx, args):
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
+    def invoke(self, ctx):
+        ctx.meta["llmctl.command"] = self
+        return super().invoke(ctx)
+
     def format_options(self, ctx, formatter):
         sections: dict[str, list] = {}
         for param in self.get_params(ctx):

@@ -107,6 +107,8 @@ def _run_pipe(stages: list[Stage], sink: int | None, environment: Mapping[str, s
     with _forwarded_signals(running) as received:
         source = None
         for stage, following in zip(stages, [*stages[1:], None], strict=True):
+            if received:
+                break
             if not stage.is_done:
                 stdout = sink if following is None else subprocess.DEVNULL if following.is_done else subprocess.PIPE
                 running.append((stage, _start(stage, source, stdout, environment)))

@@ -9,6 +9,7 @@ import time
 
 import click
 
+from llmctl.errors import UserError
 from llmctl.quantities import format_count, format_duration, format_size
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -31,6 +32,8 @@ def is_quiet() -> bool:
 def print_data(text: str, end: str = "\n") -> None:
     """Write a result to standard output at once, so that the next command in a pipe can start."""
     if is_main_process():
+        if sys.stdout is None:
+            raise UserError("standard output is closed, so the result has nowhere to go")
         sys.stdout.write(text + end)
         sys.stdout.flush()
 

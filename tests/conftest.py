@@ -16,10 +16,6 @@ DATA = Path(os.environ.get("LLMCTL_DATA", ROOT.parent / "shared" / "data"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def llmctl_command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "llmctl", *map(str, args)]
-
-
 @pytest.fixture
 def llmctl(tmp_path):
     """Run `llmctl ARGS` in a fresh directory: `llmctl("env", "--json", code=0)` gives a CompletedProcess of text.
@@ -35,7 +31,8 @@ def llmctl(tmp_path):
             kwargs.setdefault("stdin", subprocess.DEVNULL)
         is_text = not isinstance(kwargs.get("input"), bytes)
         environment = {**os.environ, **(env or {})}
-        result = subprocess.run(llmctl_command(*args), env=environment, capture_output=True, text=is_text, **kwargs)
+        command = [sys.executable, "-m", "llmctl", *map(str, args)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=is_text, **kwargs)
         if code is not None and result.returncode != code:
             pytest.fail(
                 f"llmctl {' '.join(map(str, args))} ended with {result.returncode}, not {code}:\n{result.stderr}"
@@ -43,6 +40,15 @@ def llmctl(tmp_path):
         return result
 
     return run
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch) -> Path:
+    """Adds the commands of tests/programs (`copy`, `fault`, `show`) to llmctl; their runs are noted in the file given."""
+    paths = [str(ROOT / "tests" / "programs"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.setenv("RUNS", str(tmp_path / "runs.txt"))
+    return tmp_path / "runs.txt"
 
 
 @pytest.fixture(scope="session")
