@@ -183,4 +183,9 @@ def _loader():
 
 
 def _kind(value: object) -> str:
-    return "nothing" if value is None else "a list" if isinstance(value, list) else f"'{value}'"
+    """What a value is, for a message."""
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, dict):
+        return "keys and values"
+    return "nothing" if value is None else f"'{value}'"
