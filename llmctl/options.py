@@ -36,6 +36,11 @@ class Quantity(click.ParamType):
             self.fail(f"expected at most {self.at_most}, got {value}", param, ctx)
         return number
 
+    def written(self, number) -> str:
+        """The number as a flag takes it: 100M for 100000000, but 8192 as it is."""
+        text = self.show(number).replace(" ", "")
+        return text if self.parse(text) == number else str(number)
+
     def limited(self, metadata) -> Quantity:
         """The same kind of number within a dataclass field's own limits."""
         limits = {key: metadata.get(key, getattr(self, key)) for key in ("at_least", "at_most", "above")}
@@ -76,9 +81,11 @@ class Option(click.Option):
     def get_help_extra(self, ctx):
         extra = super().get_help_extra(ctx)
         if isinstance(self.type, Quantity) and isinstance(self.default, (int, float)) and "default" in extra:
-            extra["default"] = self.type.show(self.default).replace(" ", "")
+            extra["default"] = self.type.written(self.default)
         elif isinstance(self.show_default, str):
             extra["default"] = self.show_default
+        elif self.default is False:
+            extra.pop("default", None)  # that a switch is off goes without saying
         return extra
 
 

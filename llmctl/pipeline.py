@@ -159,10 +159,8 @@ def _forwarded_signals(running: list[tuple[Stage, subprocess.Popen]]):
 
 
 def _printed(stage: Stage) -> bytes:
-    """What a finished step printed: a command that makes a checkpoint prints its path, one that makes a file nothing."""
-    path = Path(stage.line.main_output or os.devnull).absolute()
-    is_checkpoint = (path / "config.json").exists() or (path / "adapter_config.json").exists()
-    return os.fsencode(path) + b"\n" if is_checkpoint else b""
+    """What a finished step printed: the path of its output, or nothing that its reader still wants."""
+    return os.fsencode(os.path.abspath(stage.line.main_output)) + b"\n" if stage.line.main_output else b""
 
 
 def _stored_output(stage: Stage) -> BinaryIO:

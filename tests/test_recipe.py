@@ -193,29 +193,29 @@ def test_a_failure_stops_what_waits_for_it(llmctl, programs, write):
     assert runs(programs) == ["a"]
 
 
-CHECKPOINT = """
+TRAINING = """
 steps:
   - copy: {files: a.txt, mark: tokens}
-  - {name: train, copy: {output: out, checkpoint: on, mark: train}}
+  - {name: train, copy: {output: out, directory: on, mark: train}}
   - {name: use, copy: {mark: use}}
 """
 
 
 def test_what_is_up_to_date_is_skipped(llmctl, programs, write, tmp_path):
-    write(CHECKPOINT)
+    write(TRAINING)
     (tmp_path / "a.txt").write_text("A")
     path = f"{tmp_path / 'out'}\n"
     assert llmctl("run", "r.yaml").stdout == path
     assert runs(programs) == ["tokens", "train", "use"]
     again = llmctl("run", "r.yaml")
-    assert again.stdout == path, "a checkpoint that is there prints its path into the pipe"
+    assert again.stdout == path, "an output that is there prints its path into the pipe"
     assert runs(programs) == ["use"]
     assert "step 1 (copy) is up to date" in again.stderr and "step 2 (train) is up to date: out" in again.stderr
 
 
 @pytest.mark.parametrize("change", ["input", "flag", "output"])
 def test_what_has_changed_runs_again(llmctl, programs, write, tmp_path, change):
-    write(CHECKPOINT)
+    write(TRAINING)
     (tmp_path / "a.txt").write_text("A")
     llmctl("run", "r.yaml")
     runs(programs)
@@ -233,7 +233,7 @@ def test_a_finished_file_is_read_by_the_step_that_names_it(llmctl, programs, wri
     write("steps:\n  - copy: {files: a.txt, output: o/b, mark: 1}\n  - copy: {files: o/b, output: o/c, mark: 2}\n")
     (tmp_path / "o").mkdir()
     (tmp_path / "a.txt").write_text("A")
-    assert llmctl("run", "r.yaml").stdout == ""
+    assert llmctl("run", "r.yaml").stdout == f"{tmp_path}/o/c\n"
     assert (tmp_path / "o" / "c").read_text() == "A" and runs(programs) == ["1", "2"]
     llmctl("run", "r.yaml")
     assert runs(programs) == []

@@ -42,12 +42,16 @@ from llmctl import options, ui
 @options.output_option(help="Write a picture (.png, .svg or .pdf) instead; needs matplotlib.")
 @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
 def command(runs, x, y, smooth, output, overwrite):
-    """Draw the curves of training runs, one RUN (an output directory or a metrics.jsonl) or several in one chart."""
+    """Draw the curves of training runs, one RUN (an output directory or a metrics.jsonl) or several in one chart.
+
+    With --output a picture is written, and its path printed when it is complete.
+    """
     from llmctl.plotting import curves, figure, terminal
 
     drawn = [curve for run in runs for curve in curves.read_curves(run, x, y.replace("-", "_"), smooth)]
     if output:
         figure.save(drawn, x, y, output, overwrite=overwrite)
+        ui.print_data(os.path.abspath(output))
         return
     size = shutil.get_terminal_size((100, 24))
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ

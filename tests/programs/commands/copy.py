@@ -1,4 +1,4 @@
-"""`llmctl copy`: like cat, and it can be slow, fail, or make a checkpoint; it counts its runs in $RUNS."""
+"""`llmctl copy`: like cat, and it can be slow, fail, or make a directory; it counts its runs in $RUNS."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llmctl import options, ui
 @click.option("--mark", help="What to write to $RUNS beside the process's parameters.")
 @click.option("--fail", type=options.INT, help="The exit code to end with.")
 @click.option("--seconds", type=options.DURATION, default=0.0, help="How long to sleep, noting signals.")
-@click.option("--checkpoint/--file", help="Make the output a directory and print its path.")
-def command(files, output, labels, mark, fail, seconds, checkpoint):
+@click.option("--directory", is_flag=True, help="Make the output a directory.")
+def command(files, output, labels, mark, fail, seconds, directory):
     """Copy files, or standard input, to standard output."""
     with open(os.environ["RUNS"], "a") as runs:
         runs.write(f"{mark}\n")
@@ -32,15 +32,12 @@ def command(files, output, labels, mark, fail, seconds, checkpoint):
     text += "".join(labels)
     if not output:
         ui.print_data(text, end="")
-    elif checkpoint:
-        directory = Path(output)
-        directory.mkdir(parents=True)
-        (directory / "config.json").write_text("{}")
-        (directory / "text").write_text(text)
-        ui.print_data(str(directory.absolute()))
-    else:
-        with open(output, "x") as file:
-            file.write(text)
+        return
+    if directory:
+        Path(output).mkdir(parents=True)
+    with open(Path(output, "text") if directory else output, "x") as file:
+        file.write(text)
+    ui.print_data(str(Path(output).absolute()))
 
 
 def _sleep(seconds):
