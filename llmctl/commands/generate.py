@@ -45,11 +45,11 @@ def command(model, prompt, prompt_flag, settings, run):
     path = resolve_model(model)
     if settings.seed is None:
         settings = dataclasses.replace(settings, seed=secrets.randbits(32))
+    rows = _rows(prompt, run.jsonl)
 
     from llmctl.generation.report import Report
     from llmctl.generation.session import Session
 
-    rows = _rows(prompt, run.jsonl)
     session = Session.open(path, None if run.dtype == "auto" else run.dtype, run.device)
     report = Report(settings.seed)
     if run.jsonl or run.num_samples > 1:

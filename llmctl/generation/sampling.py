@@ -60,16 +60,47 @@ class Sampler:
     def draw(self, logits_BV: torch.Tensor) -> Draw:
         """The next token of each row from its logits (any float dtype)."""
         logits_BV = logits_BV.float()
-        scores_BV = self._penalized(logits_BV)
+        scores_BV = self.penalized(logits_BV)
         tokens_B = scores_BV.argmax(-1)
         if self._any_random:
-            drawn_B = self._race(self._filtered(scores_BV / self._temperature_B1))
+            drawn_B = self._race(self.filtered(scores_BV))
             tokens_B = torch.where(self._is_greedy_B, tokens_B, drawn_B)
         self._remember(tokens_B)
         draw = self._with_logprobs(tokens_B, logits_BV)
         # argmax settles on a NaN where there is one
         draw.tokens_B = torch.where(scores_BV.gather(1, tokens_B[:, None]).squeeze(1).isnan(), -1, tokens_B)
         return draw
+
+    def penalized(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Repetition as in arXiv:1909.05858, over prompt and text; presence and frequency as OpenAI's, over the text alone."""
+        if self._seen_BV is not None:
+            penalized_BV = torch.where(logits_BV > 0, logits_BV / self._repetition_B1, logits_BV * self._repetition_B1)
+            logits_BV = torch.where(self._seen_BV, penalized_BV, logits_BV)
+        if self._counts_BV is not None:
+            logits_BV = logits_BV - self._frequency_B1 * self._counts_BV
+            logits_BV = logits_BV - self._presence_B1 * (self._counts_BV > 0)
+        return logits_BV
+
+    def filtered(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Logits over temperature, and -inf for every token that top-k, top-p or min-p rules out."""
+        logits_BV = logits_BV / self._temperature_B1
+        best_BN = None
+        if any(self._top_k):
+            n_best = min(max(self._top_k), logits_BV.shape[1])
+            best_BN = logits_BV.topk(n_best).values
+            kth_B1 = best_BN.gather(1, (self._top_k_B1 - 1).clamp(0, n_best - 1))
+            kth_B1 = torch.where(self._top_k_B1 > 0, kth_B1, -math.inf)
+            logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -math.inf)
+            best_BN = best_BN.masked_fill(best_BN < kth_B1, -math.inf)
+        if any(p < 1 for p in self._top_p):
+            every_row_has_top_k = best_BN is not None and all(self._top_k)
+            ordered_BN = best_BN if every_row_has_top_k else logits_BV.sort(descending=True).values
+            lowest_B1 = _nucleus_threshold(ordered_BN, logits_BV.logsumexp(1, keepdim=True), self._top_p_B1)
+            logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)
+        if self._any_min_p:
+            lowest_B1 = logits_BV.amax(1, keepdim=True) + self._log_min_p_B1
+            logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)
+        return logits_BV
 
     def select(self, rows: list[int]) -> None:
         """Keep only these rows."""
@@ -99,36 +130,6 @@ class Sampler:
 
     def _column(self, values: list[float], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device).unsqueeze(1)
-
-    def _penalized(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Repetition as in arXiv:1909.05858, over prompt and text; presence and frequency as OpenAI's, over the text alone."""
-        if self._seen_BV is not None:
-            penalized_BV = torch.where(logits_BV > 0, logits_BV / self._repetition_B1, logits_BV * self._repetition_B1)
-            logits_BV = torch.where(self._seen_BV, penalized_BV, logits_BV)
-        if self._counts_BV is not None:
-            logits_BV = logits_BV - self._frequency_B1 * self._counts_BV
-            logits_BV = logits_BV - self._presence_B1 * (self._counts_BV > 0)
-        return logits_BV
-
-    def _filtered(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """-inf for every token that top-k, top-p or min-p rules out."""
-        best_BN = None
-        if any(self._top_k):
-            n_best = min(max(self._top_k), logits_BV.shape[1])
-            best_BN = logits_BV.topk(n_best).values
-            kth_B1 = best_BN.gather(1, (self._top_k_B1 - 1).clamp(0, n_best - 1))
-            kth_B1 = torch.where(self._top_k_B1 > 0, kth_B1, -math.inf)
-            logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, -math.inf)
-            best_BN = best_BN.masked_fill(best_BN < kth_B1, -math.inf)
-        if any(p < 1 for p in self._top_p):
-            every_row_has_top_k = best_BN is not None and all(self._top_k)
-            ordered_BN = best_BN if every_row_has_top_k else logits_BV.sort(descending=True).values
-            lowest_B1 = _nucleus_threshold(ordered_BN, logits_BV.logsumexp(1, keepdim=True), self._top_p_B1)
-            logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)
-        if self._any_min_p:
-            lowest_B1 = logits_BV.amax(1, keepdim=True) + self._log_min_p_B1
-            logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)
-        return logits_BV
 
     def _race(self, logits_BV: torch.Tensor) -> torch.Tensor:
         noise_BV = philox.gumbel(self._seeds_B, self._sequences_B, self.position, logits_BV.shape[1])
