@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 1
+#define LLMCTL_ABI 2
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -66,6 +66,18 @@ LLMCTL_API int llmctl_bpe_add_tokens(void* encoder, const uint8_t* bytes, const 
 LLMCTL_API int llmctl_bpe_encode(void* encoder, const uint8_t* text, const int64_t* text_offsets, int64_t n_documents,
                                  const uint32_t* front, int64_t n_front, const uint32_t* back, int64_t n_back,
                                  int32_t n_threads, uint32_t* ids, int64_t* id_offsets);
+
+/* Element types of the tensors below. */
+enum {
+    LLMCTL_F32 = 0,
+    LLMCTL_BF16 = 1
+};
+
+/* Cross-entropy of each row of logits [n_rows, n_columns] (contiguous) with its target, plus z_loss * log(Z)^2, into
+ * losses [n_rows]; the logits are overwritten with the gradient of the summed losses. A negative target is not
+ * learned: loss and gradient 0. A row with NaN or infinity gives the loss NaN. */
+LLMCTL_API int llmctl_cross_entropy(int32_t dtype, void* logits, int64_t n_rows, int64_t n_columns,
+                                    const int64_t* targets, float z_loss, int32_t n_threads, float* losses);
 
 #ifdef __cplusplus
 }

@@ -13,11 +13,11 @@ from llmctl.errors import CalledWrongly, UserError
 
 log = logging.getLogger("llmctl")
 
-ABI = 1
+ABI = 2
 CHOICES = ("auto", "cuda", "cpu", "reference")
 HINT = "install the package again with a C++ compiler at hand, or set LLMCTL_KERNELS=auto"
 
-INT, I32, I64, U64 = ctypes.c_int, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+INT, I32, I64, U64, F32 = ctypes.c_int, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
 PTR, STR = ctypes.c_void_p, ctypes.c_char_p
 
 # Every function of csrc/llmctl.h: what it returns, then what it takes.
@@ -31,6 +31,7 @@ SIGNATURES = {
     "llmctl_bpe_add_words": [INT, PTR, PTR, PTR, PTR, I64],
     "llmctl_bpe_add_tokens": [INT, PTR, PTR, PTR, PTR, I64],
     "llmctl_bpe_encode": [INT, PTR, PTR, PTR, I64, PTR, I64, PTR, I64, I32, PTR, PTR],
+    "llmctl_cross_entropy": [INT, I32, PTR, I64, I64, PTR, F32, I32, PTR],
 }
 
 # Bit by bit, the LLMCTL_CPU_* of csrc/llmctl.h.

@@ -1,8 +1,8 @@
-"""Cross-entropy straight from the last hidden state, without ever holding all logits.
+"""Cross-entropy straight from the last hidden state, holding few logits at a time.
 
 A vocabulary of 50k times 4k tokens is 0.8 GB of float32 logits, written and read several times. Here a chunk of tokens goes
-through head, softmax and gradient while it is in the cache; only the gradients of the hidden state and the head remain
-(the idea of Liger Kernel's fused linear cross-entropy, arXiv:2410.10989).
+through head, softmax and gradient at once, in the dtype of the matrix products, and only the gradients of the hidden state
+and the head remain (the idea of Liger Kernel's fused linear cross-entropy, arXiv:2410.10989).
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from llmctl.data.packing import IGNORE
+from llmctl.ops.cross_entropy import cross_entropy_
 
-CHUNK_ELEMENTS = 1 << 23
+CHUNK_ELEMENTS = 1 << 28
+"""Logits in memory at a time: 0.5 GB in bfloat16. Fewer, longer chunks make the sums of the head's gradient cheaper."""
 
 
 def cross_entropy(
     hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor, z_loss: float = 0.0
 ) -> torch.Tensor:
-    """Sum of -log p(target) in nats over all targets that are not IGNORE, float32 scalar.
+    """Sum of -log p(target) in nats over all targets that are not negative, float32 scalar.
 
-    `z_loss` adds z_loss * log(Z)^2 per token (arXiv:2204.02311, 5.1) to the gradient and to the value. Matrix products run in
-    autocast's dtype where it is on, sums in float32.
+    `z_loss` adds z_loss * log(Z)^2 per token (arXiv:2204.02311, 5.1). Matrix products run in autocast's dtype where it
+    is on.
     """
     kind = hidden_ND.device.type
     if torch.is_autocast_enabled(kind):
@@ -31,11 +32,11 @@ def cross_entropy(
 
 
 def token_losses(hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """-log p(target) of each position in nats, [N] float32, 0 where the target is IGNORE; without gradient."""
-    rows = max(1, CHUNK_ELEMENTS // head_VD.shape[0])
+    """-log p(target) of each position in nats, [N] float32, 0 where the target is negative; without gradient."""
+    rows = _rows_at_once(head_VD)
     with torch.no_grad():
         parts = [
-            F.cross_entropy((h_ND @ head_VD.mT).float(), t_N, ignore_index=IGNORE, reduction="none")
+            cross_entropy_(F.linear(h_ND, head_VD), t_N)
             for h_ND, t_N in zip(hidden_ND.split(rows), targets_N.split(rows))
         ]
     return torch.cat(parts)
@@ -47,16 +48,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, targets_N, z_loss):
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        grad_hidden_ND = torch.empty_like(hidden_ND)
-        grad_head_VD = torch.zeros_like(head_VD, dtype=torch.float32)
-        rows = max(1, CHUNK_ELEMENTS // head_VD.shape[0])
-        for start in range(0, hidden_ND.shape[0], rows):
-            h_ND, t_N = hidden_ND[start : start + rows], targets_N[start : start + rows]
-            loss, grad_NV = _loss_and_logit_gradient(h_ND @ head_VD.mT, t_N, z_loss)
-            total += loss
-            torch.mm(grad_NV, head_VD, out=grad_hidden_ND[start : start + rows])
-            grad_head_VD += grad_NV.mT @ h_ND
-        ctx.save_for_backward(grad_hidden_ND, grad_head_VD.to(head_VD.dtype))
+        grad_hidden, grad_head_VD = [], None
+        rows = _rows_at_once(head_VD)
+        for h_ND, t_N in zip(hidden_ND.split(rows), targets_N.split(rows)):
+            logits_NV = h_ND @ head_VD.mT
+            total += cross_entropy_(logits_NV, t_N, z_loss).sum()
+            grad_hidden.append(logits_NV @ head_VD)
+            part_VD = logits_NV.mT @ h_ND
+            # the only chunk's gradient is rounded once; those of several are summed in float32
+            if len(h_ND) < len(hidden_ND):
+                part_VD = part_VD.float()
+            grad_head_VD = part_VD if grad_head_VD is None else grad_head_VD.add_(part_VD)
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_head_VD.to(head_VD.dtype))
         return total
 
     @staticmethod
@@ -65,16 +68,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden_ND * grad_total, grad_head_VD * grad_total, None, None
 
 
-def _loss_and_logit_gradient(logits_NV, targets_N, z_loss):
-    """(summed loss, gradient [N, V] in the logits' dtype) of one chunk."""
-    keep_N = targets_N != IGNORE
-    index_N1 = targets_N.clamp(min=0)[:, None]
-    log_p_NV = logits_NV.float()
-    log_z_N = torch.logsumexp(log_p_NV, dim=-1)
-    chosen_N = log_p_NV.gather(1, index_N1).squeeze(1)
-    loss_N = log_z_N - chosen_N + z_loss * log_z_N.square()
-    grad_NV = log_p_NV.sub_(log_z_N[:, None]).exp_()
-    weight_N = keep_N * (1 + 2 * z_loss * log_z_N)
-    grad_NV *= weight_N[:, None]
-    grad_NV.scatter_add_(1, index_N1, -keep_N.to(grad_NV.dtype)[:, None])
-    return (loss_N * keep_N).sum(), grad_NV.to(logits_NV.dtype)
+def _rows_at_once(head_VD: torch.Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // head_VD.shape[0])
