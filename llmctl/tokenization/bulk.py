@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -43,30 +42,55 @@ class LibraryEncoder:
 class NativeEncoder:
     """A byte-level BPE that csrc knows, on native threads."""
 
-    def __init__(self, encoder: bpe.BpeEncoder, added: list[str], normalizes: bool, front: list[int], back: list[int]):
+    def __init__(self, encoder: bpe.BpeEncoder, front: list[int], back: list[int]):
         self._encoder = encoder
-        self._normalize = NFC().normalize_str if normalizes else None
-        longest_first = sorted(added, key=len, reverse=True)
-        self._added = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if added else None
         self._front = np.array(front, np.uint32)
         self._back = np.array(back, np.uint32)
 
     def encode(self, texts: list[str], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """ids uint32 [n_tokens], offsets int64 [n_documents + 1]; by default as many threads as this process has cores."""
-        if self._normalize:
-            texts = [text if text.isascii() else self._normalized(text) for text in texts]
+        """ids uint32 [n_tokens], offsets int64 [n_documents + 1]; by default on every core of this process."""
         return self._encoder.encode(_utf8(texts), self._front, self._back, threads or available_cores())
 
-    def _normalized(self, text: str) -> str:
-        """`text` in NFC, except for the added tokens in it, which are found in the text as written."""
-        if not self._added:
-            return self._normalize(text)
-        parts = self._added.split(text)
-        parts[::2] = map(self._normalize, parts[::2])
-        return "".join(parts)
+
+class NormalizingEncoder:
+    """A native encoder of a tokenizer that brings text to NFC first.
+
+    Added tokens are found in the text as it was written. Where there are any, a document that NFC changes goes to the
+    library, so that what stands beside such a token is never joined with it.
+    """
+
+    def __init__(self, native_encoder: NativeEncoder, library_encoder: LibraryEncoder, has_added_tokens: bool):
+        self._native = native_encoder
+        self._library = library_encoder
+        self._has_added_tokens = has_added_tokens
+        self._normalize = NFC().normalize_str
+
+    def encode(self, texts: list[str], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """ids uint32 [n_tokens], offsets int64 [n_documents + 1]; by default on every core of this process."""
+        normal = [text if text.isascii() else self._normalize(text) for text in texts]
+        ids, offsets = self._native.encode(normal, threads)
+        changed = [row for row, text in enumerate(texts) if normal[row] != text]
+        if not (changed and self._has_added_tokens):
+            return ids, offsets
+        return _with_rows(ids, offsets, changed, *self._library.encode([texts[row] for row in changed], threads))
 
 
-def encoder_for(tokenizer: tokenizers.Tokenizer, front: list[int], back: list[int]) -> LibraryEncoder | NativeEncoder:
+def _with_rows(
+    ids: np.ndarray, offsets: np.ndarray, rows: list[int], row_ids: np.ndarray, row_offsets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The documents with those in `rows` replaced by other ones."""
+    lengths = np.diff(offsets)
+    lengths[rows] = np.diff(row_offsets)
+    parts, start = [], 0
+    for number, row in enumerate(rows):
+        parts += [ids[start : offsets[row]], row_ids[row_offsets[number] : row_offsets[number + 1]]]
+        start = offsets[row + 1]
+    return np.concatenate([*parts, ids[start:]]), np.concatenate([[0], np.cumsum(lengths)])
+
+
+def encoder_for(
+    tokenizer: tokenizers.Tokenizer, front: list[int], back: list[int]
+) -> LibraryEncoder | NativeEncoder | NormalizingEncoder:
     """The fastest encoder that gives this tokenizer's ids; `front` and `back` stand around every document."""
     library = native.library()
     # What the library made of the file, not the file: it fills in defaults, and numbers added tokens by itself.
@@ -74,8 +98,10 @@ def encoder_for(tokenizer: tokenizers.Tokenizer, front: list[int], back: list[in
     model = byte_level.native_model(spec) if library else None
     if model is None:
         return LibraryEncoder(tokenizer, front, back)
-    added = [token.decode() for token in model.tokens]
-    return NativeEncoder(bpe.BpeEncoder(library, model), added, byte_level.normalizes(spec), front, back)
+    encoder = NativeEncoder(bpe.BpeEncoder(library, model), front, back)
+    if not byte_level.normalizes(spec):
+        return encoder
+    return NormalizingEncoder(encoder, LibraryEncoder(tokenizer, front, back), bool(model.tokens))
 
 
 def available_cores() -> int:
