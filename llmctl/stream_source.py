@@ -43,15 +43,15 @@ class SequentialSource:
         return self._ahead
 
     def read(self, size: int) -> bytes:
-        parts, self._ahead = [self._ahead[:size]], self._ahead[size:]
-        missing = size - len(parts[0])
+        parts, self._ahead = [self._ahead[:size]] if self._ahead else [], self._ahead[size:]
+        missing = size - sum(map(len, parts))
         # In pieces, so that a damaged length ends as a short read and not as an allocation of that length.
         while missing > 0 and (part := self._source.read(min(missing, _PIECE))):
             if self._copy_to is not None:
                 self._copy_to.write(part)
             parts.append(part)
             missing -= len(part)
-        return b"".join(parts)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
         self.closed = True

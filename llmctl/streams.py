@@ -127,7 +127,7 @@ class TokenStreamWriter:
         totals.shard, totals.last = shard, last
         for split, n_bytes in (bytes_per_split or {}).items():
             totals.splits.setdefault(split, SplitTotals()).bytes = n_bytes
-        empty = pa.RecordBatch.from_pylist([], schema=self._schema)
+        empty = self._to_batch(np.empty(0, self._dtype), np.zeros(1, np.int64), np.empty(0, bool))
         self._writer.write_batch(empty, custom_metadata={_TOTALS_KEY: totals.to_json()})
         self._writer.close()
         self._sink.flush()
@@ -146,19 +146,20 @@ class TokenStreamWriter:
         first = 0
         while first < len(lengths):
             after = max(first + 1, int(np.searchsorted(offsets, offsets[first] + BATCH_TOKENS, side="right")) - 1)
-            self._write_batch(ids, offsets[first : after + 1], loss_mask, continues=self._continues and first == 0)
+            batch = self._to_batch(ids, offsets[first : after + 1], loss_mask)
+            is_inside = self._continues and first == 0
+            self._writer.write_batch(batch, custom_metadata={_CONTINUES_KEY: b"1"} if is_inside else None)
             first = after
 
-    def _write_batch(self, ids: np.ndarray, offsets: np.ndarray, loss_mask: np.ndarray | None, continues: bool) -> None:
+    def _to_batch(self, ids: np.ndarray, offsets: np.ndarray, loss_mask: np.ndarray | None) -> pa.RecordBatch:
         tokens = slice(offsets[0], offsets[-1])
-        row_starts = pa.array((offsets - offsets[0]).astype(np.int32))
-        columns: list[pa.Array] = [pa.ListArray.from_arrays(row_starts, pa.array(ids[tokens]))]
+        row_starts = _arrow((offsets - offsets[0]).astype(np.int32))
+        columns: list[pa.Array] = [pa.ListArray.from_arrays(row_starts, _arrow(ids[tokens]))]
         if "loss_mask" in self._schema.names:
             columns.append(pa.ListArray.from_arrays(row_starts, pa.array(loss_mask[tokens])))
         if "split" in self._schema.names:
-            columns.append(pa.repeat(pa.scalar(self._split), len(offsets) - 1))
-        batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
-        self._writer.write_batch(batch, custom_metadata={_CONTINUES_KEY: b"1"} if continues else None)
+            columns.append(_repeated(self._split, len(offsets) - 1))
+        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
 
 class TokenStream:
@@ -228,3 +229,14 @@ def _check_columns(schema: pa.Schema, metadata: StreamMetadata, name: str) -> No
             raise not_a_stream(name, f"it has a column {column.name} of type {column.type}")
     if "input_ids" not in schema.names:
         raise not_a_stream(name, "it has no column input_ids")
+
+
+def _arrow(values: np.ndarray) -> pa.Array:
+    """The array as Arrow, sharing its memory; `pa.array` would import pandas first, where that is installed."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
+
+
+def _repeated(text: str, times: int) -> pa.StringArray:
+    data = text.encode()
+    ends = np.arange(times + 1, dtype=np.int32) * len(data)
+    return pa.Array.from_buffers(pa.string(), times, [None, pa.py_buffer(ends), pa.py_buffer(data * times)])

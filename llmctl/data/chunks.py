@@ -10,7 +10,7 @@ import numpy as np
 from llmctl.data.text import Group, next_safe_cut
 from llmctl.streams import TRAIN, VAL
 
-CHUNK_BYTES = 1 << 21
+CHUNK_BYTES = 1 << 22
 # Many short documents weigh more than their text.
 CHUNK_TEXTS = 1 << 15
 # Long texts are cut into pieces of about this many characters, so that all threads of the encoder have work.
@@ -56,7 +56,7 @@ def held_out(groups: Iterable[Group], val_start: int | None) -> Iterator[tuple[G
     groups = iter(groups)
     position = 0
     for group in groups:
-        size = text_bytes(group.texts)
+        size = text_bytes(group.texts) if val_start is not None else 0
         if val_start is not None and position + size >= val_start:
             train, val = _cut(group, val_start - position)
             yield train, TRAIN

@@ -93,9 +93,14 @@ class DocumentReader:
 
 def json_lines(blocks: Iterator[str], name: str, field: str, errors: str) -> Iterator[Group]:
     """The `field` of each line's object. Raises `UserError` naming the line that has none."""
-    tail, number = "", 1
+    begun, number = [], 1
     for block in chain(blocks, ["\n"]):
-        *lines, tail = (tail + block).split("\n")
+        first, *lines = block.split("\n")
+        begun.append(first)
+        if not lines:
+            continue
+        lines = ["".join(begun), *lines]
+        begun = [lines.pop()]
         texts = [_field_of(line, f"{name}:{i}", field, errors) for i, line in enumerate(lines, number) if line.strip()]
         number += len(lines)
         if texts:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llmctl.errors import UserError
 from llmctl.stream_source import SequentialSource
 
-BLOCK = 1 << 21
+BLOCK = 1 << 18
 # A document longer than this is handed on in parts even where nothing but a character boundary offers itself.
 LONGEST = 1 << 24
 ERRORS_HINT = "--errors replace puts U+FFFD in its place, --errors ignore leaves it out"
@@ -23,7 +23,7 @@ SEPARATORS = {
 # After a lone newline, or before a lone space, between words: there the pre-tokenizers of all byte-level BPEs break
 # too, so that the ids of the two parts are those of the whole.
 _SAFE = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
-_SEARCHED = 1 << 16
+_SEARCHED = 1 << 12
 
 
 @dataclass

@@ -111,12 +111,17 @@ def _tokenizer(reader: DocumentReader, val_start: int | None, settings: Tokenize
     if settings.tokenizer is not None:
         return Tokenizer.load(settings.tokenizer)
     limit = settings.train_sample if val_start is None else min(settings.train_sample, val_start)
+    sample = _sample(reader, limit, report)
+    first = next(sample, None)
+    if first is None:
+        raise _empty(reader)
     log.info(
-        "no --tokenizer: training a byte-level BPE of %d tokens on %s of the text",
+        "no --tokenizer: training a byte-level BPE of %d tokens on the %s (at most its first %s)",
         settings.vocab_size,
-        f"the first {format_size(limit)}" if limit == settings.train_sample else "the training part",
+        "text" if val_start is None else "training part",
+        format_size(settings.train_sample),
     )
-    tokenizer = Tokenizer.train_bpe(_sample(reader, limit, report), settings.vocab_size)
+    tokenizer = Tokenizer.train_bpe(chain([first], sample), settings.vocab_size)
     if tokenizer.vocab_size < settings.vocab_size:
         log.info("the text gives a vocabulary of %d tokens only", tokenizer.vocab_size)
     return tokenizer
