@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmctl.errors import UserError
 from llmctl.files import check_free_space, read_json, staged_directory, write_atomic
-from llmctl.tensor_file import Entry, LazyTensor, MappedFile, corrupt, torch_dtype, write_file
+from llmctl.tensor_file import TORCH_NAMES, Entry, LazyTensor, MappedFile, corrupt, torch_dtype, write_file
 
 if TYPE_CHECKING:  # resolving a name and reporting a wrong one must not cost the seconds that torch takes to import
     import torch
@@ -111,6 +111,15 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
+
+    def dtype_name(self, name: str) -> str:
+        """As torch names it, without importing torch; for a dtype that llmctl cannot read, as the file does."""
+        stored = self._entry(name).dtype
+        return TORCH_NAMES.get(stored, stored)
+
+    def nbytes(self, name: str) -> int:
+        entry = self._entry(name)
+        return entry.end - entry.begin
 
     def dtype(self, name: str) -> torch.dtype:
         entry = self._entry(name)

@@ -103,8 +103,7 @@ class Corpus:
             _check_totals(stream, batches)
             self._batches += [(stream.name, batch) for batch in batches]
             self._totals.append(stream.totals)
-        contents = [self.metadata.tokenizer_sha256, *(totals.sha256 for totals in self._totals)]
-        self.sha256 = hashlib.sha256("\n".join(contents).encode()).hexdigest()
+        self.sha256 = contents_sha256(self.metadata.tokenizer_sha256, self._totals)
 
     @classmethod
     def open(
@@ -152,6 +151,11 @@ class Corpus:
             return None
         batches = [(file, batch) for file, batch in self._batches if (batch.split or [TRAIN])[0] == name]
         return TokenView(batches, self._totals, name, self.metadata.vocab_size)
+
+
+def contents_sha256(tokenizer_sha256: str, totals: Sequence[Totals]) -> str:
+    """The identity of token files: their tokenizer's, and what each says of its contents."""
+    return hashlib.sha256("\n".join([tokenizer_sha256, *(each.sha256 for each in totals)]).encode()).hexdigest()
 
 
 def shards_of(path: str | os.PathLike) -> list[Path]:

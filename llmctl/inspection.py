@@ -1,0 +1,120 @@
+"""What a checkpoint or a token stream says about itself, as records: for a person, or one JSON line each."""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from llmctl import lineage
+from llmctl.checkpoint import TensorFiles, open_tensors
+from llmctl.data.corpus import SHARDS, shards_of
+from llmctl.data.summary import describe_tokenizer, summarize
+from llmctl.errors import UserError
+from llmctl.files import read_json
+from llmctl.models.loading import read_config
+from llmctl.models.transformer import CausalLM
+from llmctl.streams import read_stream
+from llmctl.tokenizer import Tokenizer
+
+ARROW_START = b"\xff"  # of the mark before an IPC message; no path begins with it
+
+
+def inspect(path: str | os.PathLike, *, n_documents: int = 0, check_files: bool = True) -> Iterator[dict[str, Any]]:
+    """Records about a checkpoint directory, a token file or a directory of shards; "kind" tells which.
+
+    Raises `UserError` for anything else and for what is damaged, where the sha256 of a checkpoint's files differ after
+    its records.
+    """
+    path = Path(path)
+    if (path / "config.json").exists():
+        return _inspect_checkpoint(path, check_files)
+    if path.is_file() or (path.is_dir() and any(path.glob(SHARDS))):
+        return summarize((read_stream(shard) for shard in shards_of(path)), str(path), n_documents)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    raise UserError(f"{path}: neither a checkpoint (no config.json) nor a token stream (no {SHARDS})")
+
+
+def inspect_pipe(source: BinaryIO, n_documents: int = 0) -> Iterator[dict[str, Any]]:
+    """The same for a token stream that is read as it comes."""
+    return summarize([read_stream(source)], "standard input", n_documents)
+
+
+def begins_token_stream(source: BinaryIO) -> bool:
+    """Whether a pipe, unread so far, brings a token stream rather than the path of a checkpoint."""
+    return source.peek(1)[:1] == ARROW_START
+
+
+def _inspect_checkpoint(path: Path, check_files: bool) -> Iterator[dict[str, Any]]:
+    """A record "checkpoint", then a record "tensor" for each that is stored."""
+    stored = open_tensors(path)
+    history = lineage.read(path)
+    wrong = lineage.verify(path) if check_files else []
+    yield {
+        "kind": "checkpoint",
+        "path": str(path.resolve()),
+        **_describe_model(path),
+        **_describe_storage(stored),
+        "tokenizer": _describe_tokenizer(path),
+        "lineage": history and {key: value for key, value in vars(history).items() if key != "files"},
+        "files_checked": len(history.files) if history and check_files else None,
+        "files_wrong": wrong,
+    }
+    for name in stored:
+        yield {"kind": "tensor", "name": name, "shape": list(stored.shape(name)), "dtype": stored.dtype_name(name)}
+    if wrong:
+        raise UserError(f"{path}: {'; '.join(wrong)}", hint="these are not the files that were saved")
+
+
+def _describe_model(path: Path) -> dict[str, Any]:
+    hf = read_json(path / "config.json")
+    try:
+        config = read_config(path)
+    except UserError as error:
+        return {"family": hf.get("model_type"), "unsupported": error.message}
+    with torch.device("meta"):
+        model = CausalLM(config)
+    parts = collections.Counter()
+    for name, parameter in model.named_parameters():
+        parts[_part_of(name)] += parameter.numel()
+    mixer, ffn = config.block(0).mixer, config.block(0).ffn
+    return {
+        "family": config.family,
+        "parameters": sum(parts.values()),
+        "parameters_per_part": dict(parts),
+        "n_layers": config.n_layers,
+        "d_model": config.d_model,
+        "n_heads": mixer.n_heads,
+        "n_kv_heads": mixer.n_kv_heads,
+        "head_dim": mixer.head_dim,
+        "d_ff": ffn.d_ff,
+        "vocab_size": config.vocab_size,
+        "context": config.max_positions,
+        "tied": config.tie_embeddings,
+    }
+
+
+def _part_of(name: str) -> str:
+    inner = name.split(".")
+    if inner[0] == "layers":
+        return {"mixer": "attention", "ffn": "feed-forward"}.get(inner[2], "norms")
+    return {"embed_tokens": "embedding", "embed_positions": "positions", "lm_head": "head"}.get(inner[0], "norms")
+
+
+def _describe_storage(stored: TensorFiles) -> dict[str, Any]:
+    dtypes = collections.Counter()
+    for name in stored:
+        dtypes[stored.dtype_name(name)] += stored.nbytes(name)
+    return {"tensors": len(stored), "bytes": sum(dtypes.values()), "bytes_per_dtype": dict(dtypes)}
+
+
+def _describe_tokenizer(path: Path) -> dict[str, Any] | None:
+    try:
+        return describe_tokenizer(Tokenizer.load(path))
+    except UserError as error:
+        return {"unsupported": error.message}
