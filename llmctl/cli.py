@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import pkgutil
 import sys
 
 import click
@@ -20,7 +19,9 @@ class Program(click.Group):
     """The commands are the modules of `llmctl.commands`, each imported only when it is wanted."""
 
     def list_commands(self, ctx):
-        return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(commands.__path__))
+        folders = commands.__path__
+        names = [name for folder in folders for name in os.listdir(folder) if name.endswith(".py") and name[0] != "_"]
+        return sorted(name.removesuffix(".py").replace("_", "-") for name in names)
 
     def get_command(self, ctx, cmd_name):
         if cmd_name not in self.list_commands(ctx):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import select
 import sys
-import traceback
 
 import click
 
@@ -26,6 +24,8 @@ def exit_code_of(error: BaseException, ctx: click.Context | None) -> int:
         return error.exit_code
     message, hint, code, is_expected = _explain(error, ctx)
     if ctx is not None and ctx.meta.get("llmctl.debug"):
+        import traceback
+
         traceback.print_exception(error)
     elif not is_expected:
         hint = "this is a defect of llmctl; --debug shows where it happened"
@@ -36,6 +36,8 @@ def exit_code_of(error: BaseException, ctx: click.Context | None) -> int:
 
 
 def did_you_mean(word: str, known: list[str]) -> str | None:
+    import difflib
+
     nearest = difflib.get_close_matches(word.replace("_", "-"), known, n=2)
     return f"did you mean {' or '.join(nearest)}?" if nearest else None
 

@@ -37,16 +37,28 @@ def test_every_command_has_help_with_an_example(llmctl, name):
     assert f"llmctl {name}" in text.partition("Examples:")[2]
 
 
+def simple_commands(line: str) -> list[list[str]]:
+    """The words of each command in a shell line."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    commands: list[list[str]] = [[]]
+    for word in lexer:
+        if set(word) <= set("|&;<>()"):
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return commands
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_flag_in_an_example_exists(name):
     for line in COMMANDS[name].examples.strip().splitlines():
-        for part in re.split(r"[|;]|&&|<\(|\)", line):
-            words = shlex.split(part, comments=True)
+        for words in simple_commands(line):
             if "llmctl" not in words:
                 continue
             command, *args = words[words.index("llmctl") + 1 :]
             known = {opt for param in COMMANDS[command].params for opt in param.opts + param.secondary_opts}
-            flags = {re.split(r"[=]", arg)[0] for arg in args if re.match(r"--?[a-z]", arg)}
+            flags = {arg.partition("=")[0] for arg in args if re.match(r"--?[a-z]", arg)}
             assert flags <= known | {"--help"}, line
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
+import os
 import sys
 
 import click
@@ -44,7 +44,7 @@ def command(model, prompt, prompt_flag, settings, run):
     prompt = _chosen_prompt(model, prompt, prompt_flag)
     path = resolve_model(model)
     if settings.seed is None:
-        settings = dataclasses.replace(settings, seed=secrets.randbits(32))
+        settings = dataclasses.replace(settings, seed=int.from_bytes(os.urandom(4), "little"))
     rows = _rows(prompt, run.jsonl)
 
     from llmctl.generation.report import Report

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmctl.errors import CalledWrongly
-from llmctl.files import read_json
 
 MIN_TEMPERATURE = 1e-5  # below it logits overflow before the likeliest token's share differs from 1
 LIMITS = {
@@ -122,7 +121,11 @@ def resolve(*layers: Sampling) -> Sampling:
 def read_generation_config(directory: str | os.PathLike) -> dict[str, Any]:
     """The checkpoint's generation_config.json; empty where it has none."""
     path = Path(directory, "generation_config.json")
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    from llmctl.files import read_json
+
+    return read_json(path)
 
 
 def sampling_from(generation_config: dict[str, Any]) -> Sampling:
