@@ -39,7 +39,7 @@ def _read_directory(directory: Path) -> tuple[str, dict]:
 
 
 def _refuse_foreign(file: Path) -> None:
-    kind = FOREIGN.get(file.name) or ("tiktoken ranks" if file.suffix == ".tiktoken" else None)
+    kind = FOREIGN.get(file.name) or ("a table of tiktoken ranks" if file.suffix == ".tiktoken" else None)
     if kind:
         raise UserError(f"{file}: {kind} is not read", hint=f"expected {READABLE}")
 
