@@ -14,10 +14,16 @@ from llmctl.train.events import Event, Finished, Planned, Saved, Started, Traine
 
 
 class Reports:
-    """Shows events on standard error, one line each, and passes numbers on to `loggers` ("tensorboard", "wandb")."""
+    """Shows events on standard error, one line each, and passes numbers on to `loggers` ("tensorboard", "wandb").
+
+    A standard error that nobody reads any more does not end the run. Raises CalledWrongly for a logger not installed.
+    """
 
     def __init__(self, loggers: tuple[str, ...], run: Path):
-        self._sinks = [_SINKS[name](run) for name in loggers] if ui.is_main_process() else []
+        self._run, self._sinks, self._is_heard = run, [], not ui.is_quiet()
+        self._kinds = [_SINKS[name] for name in dict.fromkeys(loggers)] if ui.is_main_process() else []
+        for kind in self._kinds:
+            kind.require()
 
     def __enter__(self) -> Reports:
         return self
@@ -27,11 +33,19 @@ class Reports:
             sink.close()
 
     def show(self, event: Event) -> None:
-        if not ui.is_quiet():
-            click.echo(line(event), err=True)
+        if self._is_heard:
+            self._say(line(event))
+        if isinstance(event, Started):  # not before: until then the output may still be refused
+            self._sinks = [kind(self._run) for kind in self._kinds]
         if isinstance(event, (Trained, Validated)):
             for sink in self._sinks:
                 sink.log(_numbers(event), event.step)
+
+    def _say(self, text: str) -> None:
+        try:
+            click.echo(text, err=True)
+        except OSError:
+            self._is_heard = False
 
 
 def line(event: Event) -> str:
@@ -86,8 +100,12 @@ def _numbers(event: Trained | Validated) -> dict[str, float]:
 
 
 class _TensorBoard:
+    @staticmethod
+    def require():
+        return _module("torch.utils.tensorboard", "tensorboard")
+
     def __init__(self, run: Path):
-        self._writer = _module("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
+        self._writer = self.require().SummaryWriter(str(run / "tensorboard"))
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         for name, value in numbers.items():
@@ -98,8 +116,12 @@ class _TensorBoard:
 
 
 class _Wandb:
+    @staticmethod
+    def require():
+        return _module("wandb", "wandb")
+
     def __init__(self, run: Path):
-        self._run = _module("wandb", "wandb").init(name=run.name, dir=str(run), resume="allow", id=run.name)
+        self._run = self.require().init(name=run.name, dir=str(run), resume="allow", id=run.name)
 
     def log(self, numbers: dict[str, float], step: int) -> None:
         self._run.log(numbers, step=step)

@@ -30,22 +30,18 @@ def command(tokens_files, output, settings):
     a model that suits the corpus is trained for ten minutes into runs/pretrain.
     """
     import dataclasses
-    import sys
 
     from llmctl import ui
     from llmctl.reports import Reports, dry_run_rows
-    from llmctl.train.pretrain import Pretraining, process_group
+    from llmctl.train.pretrain import pretraining
 
     began = time.monotonic()
-    piped = sys.stdin is not None and not sys.stdin.isatty()
-    inputs = list(tokens_files) or (["-"] if piped else [])
     given = frozenset(field.name for field in dataclasses.fields(settings) if options.given(field.name))
-    with process_group():
-        run = Pretraining(settings, inputs, output or "runs/pretrain", given, began)
+    with pretraining(settings, tokens_files, output or "runs/pretrain", given, began) as run:
         if settings.dry_run:
             ui.table("dry run", ["", ""], dry_run_rows(run.dry_run()))
             return
-        with Reports(settings.log, run.run_directory.path) as reports:
+        with Reports(run.settings.log, run.directory.path) as reports:
             for event in run.run():
                 reports.show(event)
-        ui.print_data(str(run.run_directory.path))
+        ui.print_data(str(run.directory.path))

@@ -5,8 +5,11 @@ Every function is right with one process too, where no process group exists.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -14,25 +17,35 @@ import torch.distributed as dist
 from torch import nn
 
 from llmctl.data.packing import IGNORE, Batch
+from llmctl.errors import UserError
+
+T = TypeVar("T")
 
 
 def is_launched() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def start(device: torch.device) -> torch.device:
-    """Join the process group that torchrun's environment describes, if any; returns this rank's device."""
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[torch.device]:
+    """Join the group that torchrun's environment describes, if any; yields this rank's device.
+
+    It is left in any case, so that no rank waits for one that failed.
+    """
     if not is_launched():
-        return device
+        yield device
+        return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def stop() -> None:
-    if dist.is_initialized():
+    try:
+        yield device
+    except RuntimeError as error:
+        if "gloo" in str(error) or "Connection closed by peer" in str(error):
+            raise UserError("lost the connection to another process of this run, which has failed") from error
+        raise
+    finally:
         dist.destroy_process_group()
 
 
@@ -42,11 +55,6 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def shard(objective: nn.Module, device: torch.device) -> None:
@@ -79,7 +87,7 @@ def any_rank(flag: bool) -> bool:
     return bool(sum_over_ranks(torch.tensor(int(flag)))) if dist.is_initialized() else flag
 
 
-def from_first(value):
+def from_first(value: T) -> T:
     """Rank 0's value, on all ranks."""
     if not dist.is_initialized():
         return value
@@ -88,10 +96,45 @@ def from_first(value):
     return box[0]
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter's full value on the CPU; every rank must ask for it."""
+def on_first(function: Callable[..., T], *arguments, **keywords) -> T:
+    """What the function returns on rank 0, which alone calls it, on all ranks; where it raises, all ranks end."""
+    value, error = None, None
+    if rank() == 0:
+        try:
+            value = function(*arguments, **keywords)
+        except Exception as caught:  # noqa: BLE001 - it is raised again below, after the others know
+            error = caught
+    value, has_failed = from_first((value, error is not None))
+    if has_failed:
+        raise_once(error)
+    return value
+
+
+@contextlib.contextmanager
+def entered_on_first(context: contextlib.AbstractContextManager[T]) -> Iterator[T]:
+    """A context that only rank 0 enters and leaves; where either fails, all ranks end."""
+    value = on_first(context.__enter__)
+    try:
+        yield value
+    except BaseException:
+        if rank() == 0:
+            context.__exit__(*sys.exc_info())
+        raise
+    on_first(context.__exit__, None, None, None)
+
+
+def raise_once(error: Exception | None) -> NoReturn:
+    """End all ranks for a reason that all have met: rank 0 reports it, the others leave without a word."""
+    if rank() == 0:
+        raise error
+    sys.exit(getattr(error, "exit_code", 1))
+
+
+def whole_on_first(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A parameter's full value on rank 0's CPU, None elsewhere; every rank must ask for it."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu()
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.cpu() if rank() == 0 else None
 
 
 def pad_to_ranks(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -82,9 +82,11 @@ class Trainer:
         norm = self._clip()
         mean_loss = float(distributed.sum_over_ranks(total))
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
-            raise UserError(
-                f"step {self.step_number + 1}: the loss is {mean_loss:g} and the gradient norm {norm:g}",
-                hint="training stopped, the last save is kept; try a lower --learning-rate or a longer --warmup-steps",
+            distributed.raise_once(
+                UserError(
+                    f"step {self.step_number + 1}: the loss is {mean_loss:g} and the gradient norm {norm:g}",
+                    hint="training stopped, the last save is kept; try a lower --learning-rate or a longer --warmup-steps",
+                )
             )
         for optimizer in self.optimizers:
             optimizer.step()

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import astuple
 
 from llmctl.train import distributed
 from llmctl.train.events import Trained
 from llmctl.train.loop import StepResult
+
+SECONDS_TO_FINISH = 1.5
+"""Of a time budget, kept back for the last save and the exit."""
+
+VALIDATION_SHARE = 0.05
+"""Of the run's time, what the validations during it may take. A forward pass costs a third of a step per token."""
 
 
 class Interval:
@@ -34,15 +42,23 @@ class Meter:
     def __init__(self, tokens_per_step: int, flops_per_token: float, peak_flops: float):
         self.tokens_per_step, self.flops_per_token, self.peak_flops = tokens_per_step, flops_per_token, peak_flops
         self._results: list[StepResult] = []
-        self._busy = 0.0
+        self._durations: list[float] = []
+
+    @property
+    def unreported(self) -> list[tuple[float, ...]]:
+        """The steps since the last report, as plain numbers: a resumed run reports them."""
+        return [astuple(result) for result in self._results]
+
+    def restore(self, unreported: Sequence[Sequence[float]]) -> None:
+        self._results = [StepResult(*numbers) for numbers in unreported]
 
     def add(self, result: StepResult, seconds: float) -> None:
         self._results.append(result)
-        self._busy += seconds
+        self._durations.append(seconds)
 
     def report(self, step: int, total_steps: int | None, seconds: float, memory_bytes: int) -> Trained:
         n = len(self._results)
-        rate = n * self.tokens_per_step / self._busy
+        rate = len(self._durations) * self.tokens_per_step / sum(self._durations)
         trained = Trained(
             step=step,
             total_steps=total_steps,
@@ -55,7 +71,7 @@ class Meter:
             seconds=seconds,
             memory_bytes=memory_bytes,
         )
-        self._results, self._busy = [], 0.0
+        self._results, self._durations = [], []
         return trained
 
 
@@ -66,3 +82,18 @@ def seconds_per_step(durations: Sequence[float], budget: float) -> float | None:
     if not enough and not (measured and sum(durations) >= 0.1 * budget):
         return None
     return measured[len(measured) // 2]
+
+
+def steps_in(seconds: float, per_step: float, tokens_per_step: int, n_val_tokens: int) -> int:
+    """Steps, at least 1, that fit into the rest of a time budget beside the validations and the end."""
+    left = seconds - SECONDS_TO_FINISH
+    if n_val_tokens:
+        left -= per_step * n_val_tokens / tokens_per_step / 3
+        left /= 1 + VALIDATION_SHARE
+    return max(1, int(left / per_step))
+
+
+def validation_interval(total_steps: int, tokens_per_step: int, n_val_tokens: int) -> int:
+    """Steps between ten validations a run, or fewer where those would cost more than their share."""
+    affordable = VALIDATION_SHARE * 3 * total_steps * tokens_per_step / n_val_tokens
+    return math.ceil(total_steps / max(1, min(10, int(affordable))))

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
+from llmctl import lineage
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.files import read_json
 from llmctl.models import families, shapes
 from llmctl.models.config import ModelConfig
-from llmctl.models.initialization import new_model
-from llmctl.models.loading import load_model, read_config
-from llmctl.models.transformer import CausalLM
+from llmctl.models.loading import read_config
 from llmctl.train import hardware
 from llmctl.train.settings import PretrainSettings
-
-log = logging.getLogger("llmctl")
 
 DEFAULT_SECONDS = 600.0
 COMPILE_PAYS_AFTER = 1800.0
 """On a CPU, compiling takes about a minute on two cores; what it gains is a share of the run."""
 
-_FREE_TO_CHANGE = {"save_every", "keep", "log_every", "log", "validate_every", "resume", "overwrite", "dry_run"}
-"""Flags that may differ when a run goes on, because they do not touch its bits."""
+_FREE_TO_CHANGE = {"save_every", "keep", "log_every", "log", "validate_every", "resume", "dry_run", "threads"}
+"""Flags that may differ when a run goes on, because they do not touch what it computes."""
 
 
 @dataclass
@@ -46,8 +42,11 @@ class Plan:
     learning_rate: float
     embedding_learning_rate: float
     threads: int
-    total_steps: int | None = None
+    parent_sha256: str | None = None
     rows_per_epoch: int = 1
+    total_steps: int | None = None
+    length_fixed_at: int = 0
+    """The step from which on the schedule knows `total_steps`: a time budget is turned into steps after a few of them."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -82,14 +81,30 @@ def make_plan(settings: PretrainSettings, inputs: list[str], corpus, device: tor
         learning_rate=rates[0],
         embedding_learning_rate=rates[1],
         threads=torch.get_num_threads(),
+        parent_sha256=lineage.weights_sha256(settings.init_from) if settings.init_from else None,
     )
+
+
+def refuse_contradictions(settings: PretrainSettings) -> None:
+    """Raise CalledWrongly for flags that exclude each other, before anything is read."""
+    for names, purpose in (
+        (("steps", "tokens", "epochs", "time"), "say how long to train"),
+        (("params", "preset", "model_config", "init_from"), "give the model's shape"),
+        (("resume", "overwrite"), "say what becomes of the output"),
+    ):
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(settings, name)]
+        if len(given) > 1:
+            raise CalledWrongly(f"{given[0]} and {given[1]} both {purpose}", "give one of them")
+    for name in ("preset", "model_config", "init_from"):
+        if getattr(settings, name) and settings.family != PretrainSettings.family:
+            flag = f"--{name.replace('_', '-')}"
+            raise CalledWrongly(
+                f"--family {settings.family} and {flag} both give the kind of model", "give one of them"
+            )
 
 
 def fixed_steps(settings: PretrainSettings, plan: Plan) -> int | None:
     """Steps where a flag fixes them; None where time decides."""
-    given = [name for name in ("steps", "tokens", "epochs", "time") if getattr(settings, name) is not None]
-    if len(given) > 1:
-        raise CalledWrongly(f"--{given[0]} and --{given[1]} both say how long to train", "give one of them")
     if settings.steps is not None:
         return settings.steps
     if settings.tokens is not None:
@@ -111,38 +126,16 @@ def resumed_settings(settings: PretrainSettings, plan: Plan, given: frozenset[st
                 hint="leave the flag out to go on, or start anew with --overwrite",
             )
     now = {name: getattr(settings, name) for name in given & _FREE_TO_CHANGE}
-    return replace(PretrainSettings(**recorded), **now, resume=True)
+    return replace(PretrainSettings(**recorded), **{**now, "resume": True, "overwrite": False})
 
 
-def initial_model(settings: PretrainSettings, config: ModelConfig) -> CausalLM:
-    """Fresh weights, or those of --init-from in float32."""
-    if not settings.init_from:
-        return new_model(config, settings.seed)
-    model = load_model(settings.init_from, dtype=torch.float32)
-    for parameter in model.parameters():  # mapped from the file, which must not change with them
-        parameter.data = parameter.data.clone()
-    model.config = config
-    return model
-
-
-def compile_blocks(model: CausalLM) -> bool:
-    """torch.compile every block (they share one compilation); False, with a notice, where no compiler works."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=model.head_weight.device))
-    except Exception as error:  # noqa: BLE001 - inductor fails in many ways, and eager is always right
-        log.warning("torch.compile does not work here (%s); training goes on without it", str(error).splitlines()[0])
-        return False
-    for block in model.layers:
-        block.compile()
-    return True
-
-
-def describe(config: ModelConfig) -> str:
-    mixer, ffn = config.blocks[0].mixer, config.blocks[0].ffn
-    return (
-        f"{config.family}, {config.n_layers} layers, d_model {config.d_model}, {mixer.n_heads} heads "
-        f"({mixer.n_kv_heads} kv), d_ff {ffn.d_ff}, vocabulary {config.vocab_size}, context {config.max_positions}"
-    )
+def refuse_other_data(plan: Plan, corpus, inputs: list[str]) -> None:
+    """Raise UserError where a run to go on with would read other tokens than it began with."""
+    if plan.data_sha256 != corpus.sha256:
+        raise UserError(
+            f"the run began with the tokens {plan.data_sha256[:12]}; {' '.join(inputs)} holds {corpus.sha256[:12]}",
+            hint="put the old file back, or start anew with --overwrite",
+        )
 
 
 def read_plan(content: dict[str, Any]) -> Plan:
@@ -151,14 +144,9 @@ def read_plan(content: dict[str, Any]) -> Plan:
 
 
 def _model_config(settings: PretrainSettings, tokenizer, n_tokens: int, device: torch.device) -> ModelConfig:
-    sources = [name for name in ("params", "preset", "model_config", "init_from") if getattr(settings, name)]
-    if len(sources) > 1:
-        first, second = (f"--{name.replace('_', '-')}" for name in sources[:2])
-        raise CalledWrongly(f"{first} and {second} both give the model's shape", "give one of them")
     context = settings.seq_len or _default_seq_len(device)
     if settings.init_from:
         config = read_config(settings.init_from)
-        _check_parent_tokenizer(settings.init_from, tokenizer)
     elif settings.model_config:
         config = _config_file(settings.model_config, tokenizer.vocab_size)
     elif settings.preset:
@@ -188,17 +176,6 @@ def _config_file(path: str, vocab_size: int) -> ModelConfig:
         return family.config_from_hf({"vocab_size": vocab_size, **hf})
     except KeyError as error:
         raise UserError(f"{file}: the key {error} is missing") from error
-
-
-def _check_parent_tokenizer(parent: str, tokenizer) -> None:
-    from llmctl.tokenizer import Tokenizer
-
-    theirs = Tokenizer.load(parent)
-    if theirs.sha256 != tokenizer.sha256:
-        raise UserError(
-            f"the tokens were made by the tokenizer {tokenizer.sha256[:12]}, {parent} has {theirs.sha256[:12]}",
-            hint=f"llmctl tokenize --tokenizer {parent}",
-        )
 
 
 def _default_seq_len(device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,24 +21,25 @@ _SHARDED = "optimizer-sharded"
 
 
 def write(trainer: Trainer, tokenizer: Tokenizer, directory: Path | None) -> None:
-    """Write everything of `trainer` into `directory`; with several processes all must call, rank 0 with the directory."""
+    """Write everything of `trainer` into `directory`; with several processes all must call, rank 0 with the directory.
+
+    Raises UserError or OSError, on all ranks, where there is no room.
+    """
     model = trainer.objective.model
     directory = distributed.from_first(directory)
-    tensors = {name: distributed.whole(parameter) for name, parameter in model.named_parameters()}
     optimizer = optimizer_tensors(trainer)
+    n_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *optimizer.values()])
+    distributed.on_first(checkpoint.check_free_space, directory, n_bytes)
     if distributed.world_size() > 1:
-        _sharded(directory).save(optimizer)
-    if distributed.rank() == 0:
-        write_model(model.config, tensors, tokenizer, directory)
-        if distributed.world_size() == 1:
-            checkpoint.save_tensors(directory, optimizer, stem="optimizer")
-    distributed.barrier()
+        _save_sharded(optimizer, directory / _SHARDED)
+    else:
+        checkpoint.save_tensors(directory, optimizer, stem="optimizer")
+    tensors = {name: distributed.whole_on_first(parameter) for name, parameter in model.named_parameters()}
+    distributed.on_first(write_model, model.config, tensors, tokenizer, directory)
 
 
 def write_model(config, tensors: dict[str, torch.Tensor], tokenizer: Tokenizer, directory: Path) -> None:
     """A complete checkpoint of these weights."""
-    import json
-
     write_config(config, next(iter(tensors.values())).dtype, directory)
     tokenizer.save(directory)
     defaults = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -51,14 +53,14 @@ def load(trainer: Trainer, directory: Path) -> None:
     load_weights(trainer.objective.model, directory)
     stored = optimizer_tensors(trainer, empty=True)
     if (directory / _SHARDED).exists():
-        _sharded(directory).load(stored)
+        _load_sharded(stored, directory / _SHARDED)
     else:
         files = checkpoint.open_tensors(directory, stem="optimizer")
         for name, tensor in stored.items():
             _copy_into(tensor, files.get(name))
 
 
-def load_weights(model, directory: Path) -> None:
+def load_weights(model, directory: str | Path) -> None:
     """Copy a checkpoint's weights into an existing model, sharded or not."""
     files = checkpoint.open_tensors(directory)
     parameters = dict(model.named_parameters())
@@ -99,18 +101,20 @@ def _copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
     target.copy_(value)
 
 
-class _sharded:
-    """Optimizer state cut over ranks, in torch.distributed.checkpoint's safetensors layout: no pickle, any world size."""
+def _save_sharded(tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    """Each rank writes its own part, in torch.distributed.checkpoint's safetensors layout: no pickle, any world size."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    def __init__(self, directory: Path):
-        self.path = str(directory / _SHARDED)
+    writer = dcp.HuggingFaceStorageWriter(str(directory), save_distributed=True)
+    try:
+        dcp.save(tensors, storage_writer=writer)
+    except CheckpointException as error:  # raised on every rank when any has failed
+        cause, _ = next(iter(error.failures.values()))
+        distributed.raise_once(cause)
 
-    def save(self, tensors: dict[str, torch.Tensor]) -> None:
-        import torch.distributed.checkpoint as dcp
 
-        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(self.path, save_distributed=True))
+def _load_sharded(tensors: dict[str, torch.Tensor], directory: Path) -> None:
+    import torch.distributed.checkpoint as dcp
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        import torch.distributed.checkpoint as dcp
-
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(self.path))
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(directory)))
