@@ -47,6 +47,7 @@ class TokenView:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Token ids int64 [stop - start]. Raises `UserError` for an id beyond the vocabulary."""
+        self._check_range(start, stop)
         out = np.empty(stop - start, np.int64)
         for piece, inside, place in self._pieces(start, stop):
             if not self._is_checked[piece]:
@@ -58,6 +59,7 @@ class TokenView:
         """bool [stop - start]: which tokens are trained on; None where the stream has no such column."""
         if not self._batches or self._batches[0].packed_loss_mask is None:
             return None
+        self._check_range(start, stop)
         out = np.empty(stop - start, bool)
         for piece, inside, place in self._pieces(start, stop):
             packed = self._batches[piece].packed_loss_mask
@@ -71,14 +73,16 @@ class TokenView:
 
     def _pieces(self, start: int, stop: int):
         """For each batch that overlaps the range: its number, the slice of it, and the slice of the result."""
-        if not 0 <= start <= stop <= self.n_tokens:
-            raise IndexError(f"tokens {start} to {stop} of {self.n_tokens}")
         piece = int(np.searchsorted(self._bounds, start, side="right")) - 1
         at = start
         while at < stop:
             first, end = int(self._bounds[piece]), min(int(self._bounds[piece + 1]), stop)
             yield piece, slice(at - first, end - first), slice(at - start, end - start)
             at, piece = end, piece + 1
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.n_tokens}")
 
     def _check(self, piece: int) -> None:
         highest = int(self._ids[piece].max(initial=0))
