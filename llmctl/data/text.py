@@ -79,10 +79,9 @@ def split_text(blocks: Iterator[str], separator: re.Pattern | None, longest: int
             cut = last_safe_cut(tail)
             yield Group([tail[:cut]], continues, unfinished=True)
             tail, continues = tail[cut:], True
-    if separator is not None:
-        tail = tail.strip("\r\n")
-    if continues or tail:
-        yield Group([tail], continues)
+    last = [tail] if separator is None else _trimmed([tail], continues)
+    if continues or any(last):
+        yield Group(last, continues)
 
 
 def next_safe_cut(text: str, position: int) -> int | None:
