@@ -79,7 +79,7 @@ def split_text(blocks: Iterator[str], separator: re.Pattern | None, longest: int
             cut = last_safe_cut(tail)
             yield Group([tail[:cut]], continues, unfinished=True)
             tail, continues = tail[cut:], True
-    last = [tail] if separator is None else _trimmed([tail], continues)
+    last = [tail] if separator is None else _trimmed(separator.split(tail), continues)
     if continues or any(last):
         yield Group(last, continues)
 
