@@ -67,6 +67,8 @@ def program(ctx, quiet, debug):
 def main(argv: list[str] | None = None) -> int:
     """Run the program with these arguments and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    # Threads that wait for each other by spinning slow training down many times over when a core is shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if COMPLETE_VARIABLE in os.environ:
         return _complete(argv)
     ctx = None
