@@ -39,9 +39,10 @@ class PackedRows:
 
     def __init__(self, view: TokenView, seq_len: int, tokenizer, *, seed: int = 0, isolate_documents: bool = True):
         if view.n_tokens < seq_len + 1:
+            shorter = f", or --seq-len {view.n_tokens - 1} at most" if view.n_tokens > 2 else ""
             raise UserError(
                 f"the corpus has {view.n_tokens} tokens, one sequence needs {seq_len + 1}",
-                hint=f"give more text, or --seq-len {max(2, view.n_tokens // 2)} at most",
+                hint=f"give more text{shorter}",
             )
         self.view, self.seq_len, self.seed, self.isolate = view, seq_len, seed, isolate_documents
         self.closes_with_eos = tokenizer.eos_id is not None and not tokenizer.adds_bos
