@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,33 @@ def data() -> Path:
     if not DATA.is_dir():
         pytest.skip(f"no data in {DATA}; set LLMCTL_DATA")
     return DATA
+
+
+@pytest.fixture(scope="session")
+def some_texts() -> list[str]:
+    """Two hundred short documents of few words, the same on every machine."""
+    choose = random.Random(0)
+    words = "the cat sat on a mat and saw two dogs run by his red house".split()
+    return [" ".join(choose.choices(words, k=choose.randint(1, 60))) + "." for _ in range(200)]
+
+
+@pytest.fixture(scope="session")
+def write_tokens():
+    """`write_tokens(path, texts, held_out=20)` writes a token stream whose last documents are for validation."""
+    from llmctl.streams import TokenStreamWriter
+    from llmctl.tokenizer import Tokenizer
+
+    def write(path: Path, texts: list[str], held_out: int = 0, tokenizer: Tokenizer | None = None) -> Path:
+        tokenizer = tokenizer or Tokenizer.bytes()
+        cut = len(texts) - held_out
+        sizes = {}
+        with open(path, "wb") as sink:
+            writer = TokenStreamWriter(sink, tokenizer, split=held_out > 0)
+            for split, part in (("train", texts[:cut]), ("val", texts[cut:])):
+                if part:
+                    writer.write(*tokenizer.encode_documents(part), split=split)
+                    sizes[split] = sum(len(text.encode()) for text in part)
+            writer.close(sizes)
+        return path
+
+    return write
