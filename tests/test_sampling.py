@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmctl.errors import CalledWrongly
+from llmctl.errors import CalledWrongly, UserError
 from llmctl.generation import philox
 from llmctl.generation.sampling import Sampler
 from llmctl.generation.settings import DEFAULTS, Sampling, eos_ids, resolve, sampling_from
@@ -224,6 +224,9 @@ def test_extreme_logits_and_temperatures_stay_finite():
         {"seed": -1},
         {"stop": ""},
         {"stop": ["a", 3]},
+        {"stop": 3},
+        {"temperature": float("inf")},
+        {"presence_penalty": float("nan")},
         {"ignore_eos": 1},
     ],
 )
@@ -241,5 +244,7 @@ def test_a_checkpoint_recommends_settings_and_names_what_ends_a_text():
     config = {"do_sample": False, "top_k": 40, "transformers_version": "5", "eos_token_id": [7, 9], "seed": 5}
     found = sampling_from(config)
     assert (found.temperature, found.top_k, found.seed) == (0.0, 40, None)
+    with pytest.raises(UserError, match="generation_config.json: top-p is 0"):
+        sampling_from({"top_p": 0})
     assert eos_ids(config, {"eos_token_id": 2}, 1) == {7, 9}
     assert eos_ids({}, {"eos_token_id": 2}, 1) == {2} and eos_ids({}, {}, 1) == {1} and eos_ids({}, {}, None) == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -53,9 +54,7 @@ def command(model, prompt, prompt_flag, settings, run):
     session = Session.open(path, None if run.dtype == "auto" else run.dtype, run.device)
     report = Report(settings.seed)
     if run.jsonl or run.num_samples > 1:
-        for answer in session.answer(rows, settings, run.num_samples, run.batch_size):
-            report.add(answer.completion)
-            ui.print_data(answer.json_line(session.tokenizer) if run.jsonl else answer.text(run.echo))
+        _print_answers(session, rows, settings, run, report)
     else:
         report.add(_stream(session, rows[0].prompt, settings, run.echo))
     for note in report.notes():
@@ -70,6 +69,16 @@ def _rows(prompt, is_jsonl):
     if prompt is not None:
         return [Row(prompt)]
     return read_rows(sys.stdin.buffer) if is_jsonl else [read_text(sys.stdin.buffer)]
+
+
+def _print_answers(session, rows, settings, run, report):
+    lines_would_mix = sys.stdout.isatty()
+    with contextlib.nullcontext() if lines_would_mix else ui.progress("generate", unit="completions") as bar:
+        for answer in session.answer(rows, settings, run.num_samples, run.batch_size):
+            report.add(answer.completion)
+            ui.print_data(answer.json_line(session.tokenizer) if run.jsonl else answer.text(run.echo))
+            if bar:
+                bar.update(report.n_completions)
 
 
 def _stream(session, prompt, settings, echo):

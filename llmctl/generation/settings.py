@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llmctl.errors import CalledWrongly
+from llmctl.errors import CalledWrongly, UserError
 
 MIN_TEMPERATURE = 1e-5  # below it logits overflow before the likeliest token's share differs from 1
 LIMITS = {
@@ -24,7 +25,7 @@ def _setting(help: str, default: str | bool = True, **metadata: Any) -> Any:
 
 
 def _checked_stops(stops: Any) -> tuple[str, ...]:
-    stops = (stops,) if isinstance(stops, str) else tuple(stops)
+    stops = tuple(stops) if isinstance(stops, (list, tuple)) else (stops,)
     for text in stops:
         if not isinstance(text, str) or not text:
             raise CalledWrongly(f"stop is {text!r}; expected a text of at least one character")
@@ -38,7 +39,8 @@ def _flag(item: dataclasses.Field) -> str:
 def _check_type(item: dataclasses.Field, value: Any) -> None:
     expected = item.type.removesuffix(" | None")
     kinds = {"int": int, "float": (int, float), "bool": bool}[expected]
-    if not isinstance(value, kinds) or (isinstance(value, bool) and expected != "bool"):
+    is_right = isinstance(value, kinds) and isinstance(value, bool) == (expected == "bool") and math.isfinite(value)
+    if not is_right:
         names = {"int": "a whole number", "float": "a number", "bool": "true or false"}
         raise CalledWrongly(f"{_flag(item)} is {value!r}; expected {names[expected]}")
 
@@ -70,7 +72,10 @@ class Sampling:
     presence_penalty: float | None = _setting("Subtract from logits of tokens generated before.", "0")
     frequency_penalty: float | None = _setting("Subtract for each time that a token was generated.", "0")
     seed: int | None = _setting(
-        "The same seed gives the same text, at any batch size.", "a random one", at_least=0, at_most=2**64 - 1
+        "The same seed gives the same text, in float32 at any batch size.",
+        "a random one",
+        at_least=0,
+        at_most=2**64 - 1,
     )
     logprobs: int | None = _setting(
         "Report the log-probability of each token, and of the N likeliest beside it.", False, metavar="N", at_least=0
@@ -125,16 +130,25 @@ def read_generation_config(directory: str | os.PathLike) -> dict[str, Any]:
         return {}
     from llmctl.files import read_json
 
-    return read_json(path)
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return content
 
 
 def sampling_from(generation_config: dict[str, Any]) -> Sampling:
-    """What a checkpoint recommends. Keys that are no setting here are other programs' business."""
+    """What a checkpoint recommends. Keys that are no setting here are other programs' business.
+
+    Raises `UserError` for a value that cannot be.
+    """
     known = {item.name for item in dataclasses.fields(Sampling)} - {"stop", "seed", "logprobs"}
     values = {name: value for name, value in generation_config.items() if name in known}
     if generation_config.get("do_sample") is False:
         values["temperature"] = 0.0
-    return Sampling(**values)
+    try:
+        return Sampling(**values)
+    except CalledWrongly as error:
+        raise UserError(f"generation_config.json: {error.message}") from error
 
 
 def eos_ids(generation_config: dict[str, Any], config: dict[str, Any], tokenizer_eos_id: int | None) -> frozenset[int]:
