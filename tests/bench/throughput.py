@@ -27,12 +27,12 @@ def ours(args):
     from llmctl.models.shapes import preset
     from llmctl.train import optim
     from llmctl.train.loop import Objective, Trainer
-    from llmctl.train.planning import compile_blocks
     from llmctl.train.schedule import Schedule
 
     model = new_model(preset("gpt2", VOCAB, LENGTH), seed=0)
     if args.compile:
-        compile_blocks(model)
+        for block in model.layers:
+            block.compile()
     trainer = Trainer(
         objective=Objective(model, 0.0),
         optimizers=optim.build(model, args.optimizer, 6e-4, 0.1, (0.9, 0.95), 6e-4),
