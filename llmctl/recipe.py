@@ -90,7 +90,7 @@ def _override(steps: list[Step], variables: dict[str, object], override: str) ->
     wanted, dot, flag = target.rpartition(".")
     if not equals or not dot:
         raise CalledWrongly(f"--set {override}: expected step.flag=value, as in --set pretrain.time=10m")
-    value = _parse(text) if text.startswith("[") else text
+    value = _parse(text) if text.startswith("[") else None if text == "null" else text
     if wanted == "vars":
         variables[flag] = value
         return

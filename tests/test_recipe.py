@@ -274,3 +274,13 @@ def test_our_recipes_are_sound(llmctl, path):
         assert llmctl("run", path, "--dry-run").stdout.startswith("llmctl ")
     else:
         load_mapping(path)
+
+
+def test_the_quickstart_in_small(llmctl, tmp_path):
+    """Real commands from text to sample, on a few files and steps."""
+    small = ["vars.corpus=${python:stdlib}/a*.py", "tokenize.vocab-size=300", "pretrain.time=null", "pretrain.steps=2"]
+    overrides = [word for change in [*small, "generate.max-new-tokens=4"] for word in ("--set", change)]
+    first = llmctl("run", ROOT / "recipes" / "quickstart.yaml", *overrides)
+    assert first.stdout.startswith("class Reader:") and (tmp_path / "runs" / "quickstart" / "config.json").exists()
+    again = llmctl("run", ROOT / "recipes" / "quickstart.yaml", *overrides)
+    assert again.stdout == first.stdout and "step 2 (pretrain) is up to date: runs/quickstart" in again.stderr

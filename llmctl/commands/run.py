@@ -17,7 +17,9 @@ from llmctl import options
     """,
 )
 @click.argument("recipe", metavar="RECIPE", type=options.PATH)
-@click.option("--set", "overrides", metavar="STEP.FLAG=VALUE", multiple=True, help="Change a flag of one step.")
+@click.option(
+    "--set", "overrides", metavar="STEP.FLAG=VALUE", multiple=True, help="Change a flag of one step; null unsets it."
+)
 @click.option("--dry-run", is_flag=True, help="Print the equivalent shell line and run nothing.")
 @click.pass_context
 def command(ctx, recipe, overrides, dry_run):
