@@ -16,7 +16,7 @@ from llmctl.data.chunks import chunked, text_bytes
 from llmctl.data.documents import DocumentReader
 from llmctl.data.encoding import ChunkEncoder
 from llmctl.data.inputs import find_inputs
-from llmctl.data.prefetch import prefetch
+from llmctl.data.prefetch import Prefetch
 from llmctl.data.shards import ShardWriter
 from llmctl.data.text import BLOCK, LONGEST
 from llmctl.data.tokenize_settings import TokenizeSettings
@@ -62,17 +62,17 @@ def tokenize(
     encoder = ChunkEncoder(_tokenizer(reader, val_start, settings, report), settings.workers)
     # Parts that join exactly may be short; other tokenizers get documents whole as far as memory allows.
     reader.longest = BLOCK if encoder.cuts_exactly else LONGEST
-    rows = prefetch(map(encoder.encode, prefetch(chunked(reader, val_start, encoder.piece))))
-    first = next(rows, None)
-    if first is None:
-        raise _empty(reader)
-    if settings.save_tokenizer:
-        with staged_directory(settings.save_tokenizer, settings.overwrite) as directory:
-            encoder.tokenizer.save(directory)
-    with _opened(output, encoder.tokenizer, settings) as writer:
-        for each in chain([first], rows):
-            writer.write(each)
-            report(_progress(reader, writer))
+    with Prefetch(Prefetch(chunked(reader, val_start, encoder.piece)), encoder.encode) as rows:
+        first = next(rows, None)
+        if first is None:
+            raise _empty(reader)
+        if settings.save_tokenizer:
+            with staged_directory(settings.save_tokenizer, settings.overwrite) as directory:
+                encoder.tokenizer.save(directory)
+        with _opened(output, encoder.tokenizer, settings) as writer:
+            for each in chain([first], rows):
+                writer.write(each)
+                report(_progress(reader, writer))
     if reader.n_empty:
         log.info("%d empty documents were left out", reader.n_empty)
     return writer.counts
