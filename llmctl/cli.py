@@ -69,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # Threads that wait for each other by spinning slow training down many times over when a core is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.stdout is not None:
+        # Data is UTF-8 whatever the locale says, and a path keeps its bytes.
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     if COMPLETE_VARIABLE in os.environ:
         return _complete(argv)
     ctx = None
@@ -88,7 +91,7 @@ class _Notices(logging.Handler):
 
     def emit(self, record):
         if record.levelno >= logging.WARNING and ui.is_main_process():
-            click.echo(f"warning: {record.getMessage()}", err=True)
+            ui.message(f"warning: {record.getMessage()}")
         elif record.levelno == logging.INFO:
             ui.note(record.getMessage())
 

@@ -38,9 +38,15 @@ def print_data(text: str, end: str = "\n") -> None:
         sys.stdout.flush()
 
 
+def message(text: str) -> None:
+    """Write a line for a person."""
+    # Not click.echo: it would write past rich, into the middle of a progress bar.
+    print(text, file=sys.stderr, flush=True)
+
+
 def note(text: str) -> None:
     if not is_quiet():
-        click.echo(f"note: {text}", err=True)
+        message(f"note: {text}")
 
 
 def console():
@@ -60,12 +66,12 @@ def table(title: str, columns: list[str], rows: list[list[object]]) -> None:
         _rich_table(title, columns, cells, right)
         return
     widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
-    click.echo(title, err=True)
+    message(title)
     for row in [columns, *cells]:
         padded = [
             f"{text:>{width}}" if r else f"{text:<{width}}" for text, width, r in zip(row, widths, right, strict=True)
         ]
-        click.echo(("  " + "  ".join(padded)).rstrip(), err=True)
+        message(("  " + "  ".join(padded)).rstrip())
 
 
 def _rich_table(title, columns, cells, right):
@@ -127,7 +133,7 @@ class _Lines:
         parts = [_how_far(completed, self.total, self.unit), f"{_amount(completed / seconds, self.unit)}/s"]
         if self.total and 0 < completed < self.total:
             parts.append(f"{format_duration(seconds * (self.total - completed) / completed)} left")
-        click.echo(f"{self.description}: " + ", ".join(part for part in [*parts, note] if part), err=True)
+        message(f"{self.description}: " + ", ".join(part for part in [*parts, note] if part))
 
 
 class _Bar:

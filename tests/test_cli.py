@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import shlex
 import signal
@@ -205,6 +206,54 @@ def test_ctrl_c_ends_with_130(programs):
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (130, "interrupted\n")
+
+
+def test_data_is_utf8_whatever_the_locale(llmctl, programs, tmp_path):
+    """The name of this output is no UTF-8; its path comes back byte by byte."""
+    output = os.fsdecode(b"caf\xe9 \xe2\x98\x95")
+    result = llmctl("copy", "-o", output, input=b"text", env={"PYTHONIOENCODING": "ascii"})
+    assert result.stdout == os.fsencode(tmp_path / output) + b"\n"
+
+
+def on_terminal(code: str) -> str:
+    """What a terminal is sent by a program that uses `ui`."""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=follower, env=environment) as process:
+        os.close(follower)
+        sent = b""
+        while True:
+            try:
+                sent += os.read(leader, 65536)
+            except OSError:  # how Linux tells that the other end is closed
+                break
+        assert process.wait() == 0
+    os.close(leader)
+    return sent.decode()
+
+
+PROGRESS = """
+from llmctl import ui
+with ui.progress("tokenize", 8_000_000, "B") as bar:
+    bar.update(2_000_000, "500k tokens")
+    ui.note("in the middle")
+    bar.update(8_000_000, "2M tokens")
+ui.table("counts", ["split", "n"], [["train", 12], ["val", 3]])
+"""
+
+
+def test_progress_is_a_bar_on_a_terminal():
+    sent = on_terminal(PROGRESS)
+    assert "\r\x1b[2Knote: in the middle\r\n" in sent, "a note stands on a line of its own"
+    assert "8 MB of 8 MB (100 %)" in sent and "\x1b[?25h" in sent, "the cursor comes back"
+
+
+def test_progress_is_lines_elsewhere():
+    result = subprocess.run([sys.executable, "-c", PROGRESS], capture_output=True, text=True, timeout=60, check=True)
+    first, second, *table = result.stderr.splitlines()
+    assert first == "note: in the middle"
+    assert re.fullmatch(r"tokenize: 8 MB of 8 MB \(100 %\), \S+ \wB/s, 2M tokens", second)
+    assert table == ["counts", "  split   n", "  train  12", "  val     3"]
 
 
 def shown(llmctl, *args, **kwargs) -> dict:
