@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from llmctl.models import families
 from llmctl.models.config import ModelConfig, parameter_count
 
@@ -34,13 +36,22 @@ def preset(name: str, vocab_size: int, max_positions: int) -> ModelConfig:
 def for_parameters(family: str, n_parameters: int, vocab_size: int, max_positions: int) -> ModelConfig:
     """The shape whose parameter count, embeddings included, comes nearest to `n_parameters`."""
     widths = [*range(32, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
-    candidates = (_build(_hf_shape(family, width, vocab_size), max_positions) for width in widths)
-    return min(candidates, key=lambda config: abs(parameter_count(config) - n_parameters))
+
+    def nearest(depths: Iterable[int]) -> ModelConfig:
+        shapes = (_hf_shape(family, width, vocab_size, more) for width in widths for more in depths)
+        candidates = (_build(shape, max_positions) for shape in shapes)
+        return min(candidates, key=lambda config: abs(parameter_count(config) - n_parameters))
+
+    usual = nearest([0])
+    if abs(parameter_count(usual) - n_parameters) <= 0.1 * n_parameters:
+        return usual
+    return nearest(range(4))  # narrow models are few and far between
 
 
-def _hf_shape(family: str, width: int, vocab_size: int) -> dict:
+def _hf_shape(family: str, width: int, vocab_size: int, more_layers: int) -> dict:
     # Depth grows with width as in GPT-2 and Llama: 12 layers at 768, 24 at 2048, and never fewer than 4.
     depth = max(4, round(width / 64)) if width <= 1024 else 16 + round((width - 1024) / 128)
+    depth += more_layers
     heads = width // (64 if width >= 512 and width % 64 == 0 else 32)
     if family == "gpt2":
         return {"model_type": "gpt2", "vocab_size": vocab_size, "n_embd": width, "n_layer": depth, "n_head": heads}

@@ -158,6 +158,7 @@ class RunDirectory:
             except OSError:  # a filesystem without hard links
                 shutil.copyfile(file, beside)
             os.replace(beside, self.path / file.name)
+            beside.unlink(missing_ok=True)  # renaming between two names of one file leaves both
 
     def _saves(self) -> list[Path]:
         return sorted(path for path in self.trainer.glob("step-*") if (path / STATE).exists())
