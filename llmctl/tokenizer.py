@@ -21,9 +21,10 @@ class Tokenizer:
     """A tokenizer.json together with the tokenizer_config.json beside it.
 
     `json` is the file's text as it was read and `sha256` its digest; `config` names the special tokens in full, so
-    that `Tokenizer.from_json(t.json, t.config)` equals `t`. `vocab_size` is the highest id plus one, `added tokens`
+    that `Tokenizer.from_json(t.json, t.config)` equals `t`. `vocab_size` is the highest id plus one, added tokens
     included. `bos_id`, `eos_id`, `pad_id` are None where the tokenizer has no such token; `adds_bos` says whether
-    `encode` puts BOS in front by itself.
+    `encode` puts BOS in front by itself. `document_edges` are the ids in front of and behind every document of
+    `encode_documents`.
     """
 
     def __init__(self, json_text: str, config: dict | None = None):
@@ -37,12 +38,14 @@ class Tokenizer:
         self.json = json_text
         self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self._front, self._back = special.template_ids(self._tokenizer)
-        self.config = special.named_in_full(config or {}, self._tokenizer, self._front)
+        front, back = special.template_ids(self._tokenizer)
+        self.config = special.named_in_full(config or {}, self._tokenizer, front)
         self.bos_id, self.eos_id, self.pad_id = (
             special.token_id(self.config, name, self._tokenizer) for name in ("bos_token", "eos_token", "pad_token")
         )
-        self.adds_bos = self.bos_id is not None and self._front[:1] == [self.bos_id]
+        self.adds_bos = self.bos_id is not None and front[:1] == [self.bos_id]
+        ends = self.eos_id is None or self.eos_id in back
+        self.document_edges = front, back if ends else [*back, self.eos_id]
         self.chat_template = special.default_chat_template(self.config)
         self._bulk_encoder = None
         self._pieces = decoding.pieces_for(self._tokenizer)
@@ -86,12 +89,10 @@ class Tokenizer:
 
         Returns ids uint32 [n_tokens] and offsets int64 [n_documents + 1]. What the post-processor adds stands around
         each document, and EOS at its end where the tokenizer has one. Special tokens written in the text stay text.
+        Raises UserError for a lone surrogate.
         """
         if self._bulk_encoder is None:
-            back = self._back
-            if self.eos_id is not None and self.eos_id not in back:
-                back = [*back, self.eos_id]
-            self._bulk_encoder = bulk.encoder_for(self._tokenizer, self._front, back)
+            self._bulk_encoder = bulk.encoder_for(self._tokenizer, *self.document_edges)
         return self._bulk_encoder.encode(texts, threads)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

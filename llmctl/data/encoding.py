@@ -37,7 +37,7 @@ class ChunkEncoder:
 
     def __init__(self, tokenizer: Tokenizer, threads: int | None = None):
         self.tokenizer, self._threads = tokenizer, threads
-        self._front, self._back = _edges(tokenizer)
+        self._front, self._back = map(len, tokenizer.document_edges)
         whole = tokenizer.encode("".join(_PROBE), add_special_tokens=False)
         parts = [token for part in _PROBE for token in tokenizer.encode(part, add_special_tokens=False)]
         self.cuts_exactly = whole == parts
@@ -60,14 +60,3 @@ class ChunkEncoder:
         firsts = np.union1d([0], np.flatnonzero(~chunk.joined))
         offsets = np.concatenate([[0], np.cumsum(np.add.reduceat(lengths, firsts))])
         return Rows(ids[keep], offsets, np.add.reduceat(chunk.sizes, firsts), continues, chunk.split)
-
-
-def _edges(tokenizer: Tokenizer) -> tuple[int, int]:
-    """How many ids stand before and after the text of every document."""
-    around, _ = tokenizer.encode_documents([""])
-    ids, _ = tokenizer.encode_documents(["a"])
-    for front in range(len(around) + 1):
-        back = len(around) - front
-        if np.array_equal(np.concatenate([ids[:front], ids[len(ids) - back :]]), around):
-            return front, back
-    raise AssertionError("a document's ids begin and end otherwise than an empty one's")

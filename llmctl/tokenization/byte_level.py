@@ -27,8 +27,7 @@ def native_model(spec: dict) -> bpe.BpeModel | None:
     byte_ids = [vocab.get(character) for _, character in sorted(training.byte_characters().items())]
     if None in byte_ids:
         return None
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    merges = [(vocab[left], vocab[right], vocab[left + right]) for left, right in pairs]
+    merges = [(vocab[left], vocab[right], vocab[left + right]) for left, right in model["merges"]]
     words = {}
     if model["ignore_merges"]:
         spelled = ((decoding.spelled_bytes(token), token_id) for token, token_id in vocab.items())

@@ -35,7 +35,7 @@ def named_in_full(config: dict, tokenizer: tokenizers.Tokenizer, front: list[int
     """The configuration with BOS and EOS named: by itself, else by the post-processor, else by the usual names."""
     config = dict(config)
     specials = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    if content(config.get("bos_token")) is None and len(front) == 1:
+    if content(config.get("bos_token")) is None and content(config.get("cls_token")) is None and len(front) == 1:
         config["bos_token"] = tokenizer.id_to_token(front[0])
     if content(config.get("eos_token")) is None and content(config.get("sep_token")) is None:
         guess = next((token for token in USUAL_EOS if token in specials), None)
