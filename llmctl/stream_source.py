@@ -10,8 +10,8 @@ import pyarrow as pa
 from llmctl.errors import UserError
 
 # Every Arrow IPC stream starts with this marker; checking it keeps foreign bytes from being taken for a length.
-_MARKER = b"\xff\xff\xff\xff"
-_END = _MARKER + bytes(4)
+MARKER = b"\xff\xff\xff\xff"
+_END = MARKER + bytes(4)
 _PIECE = 1 << 24
 
 
@@ -70,13 +70,13 @@ def open_mapped(path: str | os.PathLike) -> pa.MemoryMappedFile:
 def open_reader(source: SequentialSource | pa.MemoryMappedFile, name: str) -> pa.ipc.RecordBatchStreamReader:
     """Read the schema; raises `UserError` for bytes that are no Arrow stream."""
     if isinstance(source, SequentialSource):
-        head = source.peek(len(_MARKER))
+        head = source.peek(len(MARKER))
     else:
-        head = source.read(len(_MARKER))
+        head = source.read(len(MARKER))
         source.seek(0)
     if not head:
         raise truncated(name, "it is empty")
-    if not _MARKER.startswith(head):
+    if not MARKER.startswith(head):
         raise not_a_stream(name, f"it starts with {head!r}")
     try:
         return pa.ipc.open_stream(source)

@@ -182,6 +182,37 @@ def test_overwrite_replaces_a_directory_of_shards(llmctl, tmp_path):
     assert text_of(Corpus.open([tmp_path / "out"])) == "new"
 
 
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        ("terminal", "no text: standard input is a terminal"),
+        ("file", "a token stream is nothing for a terminal"),
+    ],
+)
+def test_a_terminal_is_neither_corpus_nor_output(stdin, message):
+    ours, theirs = os.openpty()
+    try:
+        result = subprocess.run(
+            [*LLMCTL, "tokenize", *BYTES],
+            stdin=theirs if stdin == "terminal" else subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert result.returncode == 2
+    assert message in result.stderr.decode()
+
+
+def test_a_token_stream_is_not_tokenized_again(llmctl, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    llmctl("tokenize", "a.txt", *BYTES, "-o", "a.arrow")
+    result = llmctl("tokenize", "a.arrow", *BYTES, code=1)
+    assert "it looks like a token stream" in result.stderr
+
+
 def test_a_reader_that_goes_away_is_no_error(data, tmp_path):
     (tmp_path / "big.txt").write_bytes((data / "text" / "tinyshakespeare.txt").read_bytes() * 5)
     command = [*LLMCTL, "tokenize", "big.txt", *BYTES]

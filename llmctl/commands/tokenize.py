@@ -35,14 +35,16 @@ def command(files, output, settings):
     """
     files = list(files) or ["-"]
     _check(files, output, settings)
+    if settings.workers:
+        os.environ["RAYON_NUM_THREADS"] = str(settings.workers)  # read by the tokenizers library when it starts
     from llmctl.data.tokenize import tokenize
 
     with _Bars() as bars:
         counts = tokenize(files, output or sys.stdout.buffer, settings, bars.show)
-    rows = [
-        [split, each["documents"], each["tokens"], format_size(each["bytes"]), f"{each['bytes'] / each['tokens']:.3f}"]
-        for split, each in counts.items()
-    ]
+    rows = []
+    for split, n in counts.items():
+        ratio = n["bytes"] / max(n["tokens"], 1)
+        rows.append([split, n["documents"], n["tokens"], format_size(n["bytes"]), f"{ratio:.3f}"])
     ui.table("tokenized", ["split", "documents", "tokens", "text", "bytes per token"], rows)
     if output:
         ui.print_data(os.path.abspath(output))
@@ -51,11 +53,11 @@ def command(files, output, settings):
 def _check(files, output, settings):
     if files.count("-") > 1:
         raise CalledWrongly("standard input (-) can be read once only")
-    if "-" in files and sys.stdin.isatty():
+    if "-" in files and sys.stdin is not None and sys.stdin.isatty():
         raise CalledWrongly("no text: standard input is a terminal", hint="give FILES, or pipe text into the command")
-    if not output and sys.stdout.isatty():
+    if not output and (sys.stdout is None or sys.stdout.isatty()):
         raise CalledWrongly(
-            "a token stream is no text for a terminal", hint="write it to a file with -o corpus.arrow, or pipe it on"
+            "a token stream is nothing for a terminal", hint="write it to a file with -o corpus.arrow, or pipe it on"
         )
     for name in ("vocab_size", "train_sample"):
         if settings.tokenizer and options.given(name):
@@ -72,5 +74,4 @@ class _Bars(contextlib.ExitStack):
             self.close()
             self.stage = progress.stage
             self.bar = self.enter_context(ui.progress(progress.stage, progress.bytes_total, "B"))
-        note = f"{format_size(progress.text_bytes)} of text, {format_count(progress.tokens)} tokens"
-        self.bar.update(progress.bytes_read, note if progress.tokens else "")
+        self.bar.update(progress.bytes_read, f"{format_count(progress.tokens)} tokens" if progress.tokens else "")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llmctl.errors import UserError
-from llmctl.stream_source import SequentialSource
+from llmctl.stream_source import MARKER, SequentialSource
 
 BLOCK = 1 << 18
 # A document longer than this is handed on in parts even where nothing but a character boundary offers itself.
@@ -114,4 +114,6 @@ def _not_utf8(name: str, data: bytes, offset: int, error: UnicodeDecodeError) ->
     hint = ERRORS_HINT
     if place == 0 and data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         hint = f"it looks like UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {name}"
+    if place == 0 and data.startswith(MARKER):
+        hint = "it looks like a token stream, which needs no tokenizing"
     return UserError(f"{name}: the byte 0x{data[error.start]:02x} at offset {place} is not UTF-8", hint=hint)

@@ -33,12 +33,11 @@ log = logging.getLogger("llmctl")
 
 @dataclass(frozen=True)
 class Progress:
-    """Bytes read so far in this stage, of a total that is None for a pipe, and the text and tokens written."""
+    """Bytes read so far in this stage, of a total that is None for a pipe, and the tokens written."""
 
     stage: str
     bytes_read: int
     bytes_total: int | None
-    text_bytes: int = 0
     tokens: int = 0
 
 
@@ -164,8 +163,8 @@ def _opened(
 
 
 def _progress(reader: DocumentReader, writer: ShardWriter) -> Progress:
-    written = sum(writer.counts.values(), Counter())
-    return Progress("tokenize", reader.bytes_read, _size(reader), written["bytes"], written["tokens"])
+    tokens = sum(counts["tokens"] for counts in writer.counts.values())
+    return Progress("tokenize", reader.bytes_read, _size(reader), tokens)
 
 
 def _size(reader: DocumentReader) -> int | None:
