@@ -10,7 +10,9 @@ import sys
 import click
 
 from llmctl import __version__, commands, ui
-from llmctl.failures import did_you_mean, exit_code_of
+from llmctl.errors import did_you_mean
+from llmctl.failures import exit_code_of
+from llmctl.options import bind_environment
 
 COMPLETE_VARIABLE = "_LLMCTL_COMPLETE"
 
@@ -28,6 +30,7 @@ class Program(click.Group):
             return None
         command = importlib.import_module(f"llmctl.commands.{cmd_name.replace('-', '_')}").command
         command.name = cmd_name
+        bind_environment(command)
         return command
 
     def resolve_command(self, ctx, args):

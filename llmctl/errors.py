@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """Something the caller can mend: `message` says the value seen and the value expected, `hint` what to do."""
@@ -33,3 +35,11 @@ class Interrupted(Exception):
         super().__init__(message)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str | None:
+    """A hint with the nearest of the known names; None where none is near."""
+    import difflib
+
+    nearest = difflib.get_close_matches(word, list(known), n=2)
+    return f"did you mean {' or '.join(nearest)}?" if nearest else None

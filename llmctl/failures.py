@@ -9,7 +9,7 @@ import sys
 
 import click
 
-from llmctl.errors import Interrupted, UserError
+from llmctl.errors import Interrupted, UserError, did_you_mean
 
 # Flags that lower the memory a command needs, the most effective first.
 _MEMORY_FLAGS = ("micro_batch_size", "batch_size", "seq_len", "dtype", "activation_checkpointing", "workers")
@@ -33,13 +33,6 @@ def exit_code_of(error: BaseException, ctx: click.Context | None) -> int:
     if isinstance(error, OSError):
         _discard_stdout()
     return code
-
-
-def did_you_mean(word: str, known: list[str]) -> str | None:
-    import difflib
-
-    nearest = difflib.get_close_matches(word.replace("_", "-"), known, n=2)
-    return f"did you mean {' or '.join(nearest)}?" if nearest else None
 
 
 def _explain(error, ctx) -> tuple[str, str | None, int, bool]:
@@ -80,7 +73,7 @@ def _source(ctx: click.Context, param: click.Parameter) -> str:
     if source is click.core.ParameterSource.DEFAULT_MAP:
         return f"{ctx.meta['llmctl.recipe']}: "
     if source is click.core.ParameterSource.ENVIRONMENT:
-        return f"{param.envvar or f'{ctx.auto_envvar_prefix}_{param.name.upper()}'}: "
+        return f"{next(variable for variable in param.envvar if os.environ.get(variable))}: "
     return ""
 
 

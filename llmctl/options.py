@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import types
 import typing
 
 import click
 
 from llmctl import quantities
+from llmctl.errors import CalledWrongly, did_you_mean
 
 COMMON = "Common options"
 
@@ -100,10 +102,12 @@ class Command(click.Command):
 
     def parse_args(self, ctx, args):
         try:
-            return super().parse_args(ctx, args)
+            rest = super().parse_args(ctx, args)
         except click.UsageError as error:
             error.ctx = error.ctx or ctx
             raise
+        _refuse_unknown_variables(ctx)
+        return rest
 
     def invoke(self, ctx):
         ctx.meta["llmctl.command"] = self
@@ -126,7 +130,7 @@ class Command(click.Command):
                 for line in self.examples.strip().splitlines():
                     formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
         formatter.write_paragraph()
-        formatter.write_text(f"The environment sets flags too: {ctx.auto_envvar_prefix}_<FLAG>=VALUE.")
+        formatter.write_text(f"The environment sets flags too: {_variable(self.name, '<FLAG>')}=VALUE.")
 
 
 def command(examples: str, **attrs):
@@ -188,6 +192,30 @@ def flag_names(command: click.Command) -> dict[str, str]:
             if opt.startswith("--") or isinstance(param, click.Argument):
                 names[opt.lstrip("-").replace("_", "-")] = param.name
     return names
+
+
+def bind_environment(command: click.Command) -> None:
+    """Let LLMCTL_<COMMAND>_<FLAG> set each flag, under any of its long names."""
+    for param in command.params:
+        if isinstance(param, click.Option):
+            param.envvar = [_variable(command.name, opt) for opt in param.opts if opt.startswith("--")]
+
+
+def _refuse_unknown_variables(ctx) -> None:
+    """A misspelt variable must not pass for a default."""
+    prefix = _variable(ctx.command.name, "")
+    commands = [_variable(name, "") for name in ctx.parent.command.list_commands(ctx)] if ctx.parent else []
+    of_others = tuple(other for other in commands if other != prefix and other.startswith(prefix))
+    known = [variable for param in ctx.command.params for variable in param.envvar or ()]
+    for variable in os.environ:
+        if variable.startswith(prefix) and variable not in known and not variable.startswith(of_others):
+            endings = [name.removeprefix(prefix) for name in known]
+            hint = did_you_mean(variable.removeprefix(prefix), endings) or f"unset it, or see {ctx.command_path} --help"
+            raise CalledWrongly(f"the environment sets {variable}, which is no flag of {ctx.command.name}", hint=hint)
+
+
+def _variable(command: str, flag: str) -> str:
+    return f"LLMCTL_{command}_{flag.lstrip('-')}".replace("-", "_").upper()
 
 
 def _field_option(field, hint):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sysconfig
@@ -10,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmctl.errors import CalledWrongly
+from llmctl.errors import CalledWrongly, did_you_mean
 
 _STEP_FORM = "a step is `- pretrain: {time: 10m, output: runs/base}`"
 
@@ -59,8 +58,7 @@ def checked_keys(
     for key, value in values.items():
         name = key.replace("_", "-")
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=2)
-            hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known keys: {', '.join(sorted(known))}"
+            hint = did_you_mean(name, known) or f"known keys: {', '.join(sorted(known))}"
             if name == "steps":
                 hint = f"a recipe of steps is run by: llmctl run {where}"
             raise CalledWrongly(f"{where}: unknown key '{key}'", hint=hint)

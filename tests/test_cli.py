@@ -290,6 +290,15 @@ def test_flag_over_environment_over_recipe_over_default(llmctl, programs, tmp_pa
     assert set(values["given"]) == {"learning_rate", "tokens", "bf16", "max_new_tokens"}
 
 
+def test_the_environment_knows_every_name_of_a_flag_and_no_other(llmctl, programs):
+    assert shown(llmctl, env={"LLMCTL_SHOW_LR": "7"})["learning-rate"] == 7.0
+    assert json.loads(llmctl("env", env={"LLMCTL_ENV_JSON": "1"}).stdout)["llmctl"]["version"]
+    assert llmctl("show", env={"LLMCTL_SHOW_LRR": "7"}, code=2).stderr.splitlines() == [
+        "error: the environment sets LLMCTL_SHOW_LRR, which is no flag of show",
+        "hint: did you mean LR?",
+    ]
+
+
 def test_a_wrong_value_names_where_it_came_from(llmctl, programs, tmp_path):
     (tmp_path / "r.yaml").write_text("lr: fast\n")
     assert llmctl("show", "--recipe", "r.yaml", code=2).stderr.startswith("error: r.yaml: --learning-rate: expected a")
