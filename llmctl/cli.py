@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     # Threads that wait for each other by spinning slow training down many times over when a core is shared.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.stdout is not None:
+    if not ui.is_main_process():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    elif sys.stdout is not None:
         # Data is UTF-8 whatever the locale says, and a path keeps its bytes.
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
     if COMPLETE_VARIABLE in os.environ:

@@ -97,7 +97,7 @@ class Command(click.Command):
     def __init__(self, *args, examples: str = "", takes_recipe: bool = True, **attrs):
         super().__init__(*args, **attrs)
         self.examples = examples
-        self.context_settings = {"max_content_width": 100, **self.context_settings}
+        self.context_settings = {"max_content_width": 100, "show_default": True, **self.context_settings}
         self.params += [*([_recipe_option()] if takes_recipe else []), *_message_options()]
 
     def parse_args(self, ctx, args):

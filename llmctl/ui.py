@@ -31,11 +31,10 @@ def is_quiet() -> bool:
 
 def print_data(text: str, end: str = "\n") -> None:
     """Write a result to standard output at once, so that the next command in a pipe can start."""
-    if is_main_process():
-        if sys.stdout is None:
-            raise UserError("standard output is closed, so the result has nowhere to go")
-        sys.stdout.write(text + end)
-        sys.stdout.flush()
+    if sys.stdout is None:
+        raise UserError("standard output is closed, so the result has nowhere to go")
+    sys.stdout.write(text + end)
+    sys.stdout.flush()
 
 
 def message(text: str) -> None:

@@ -311,7 +311,7 @@ def test_torchrun_starts_it_as_a_module():
     result = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
-    assert result.returncode == 0, result.stderr
+    assert (result.returncode, result.stdout.count("llmctl")) == (0, 1), result.stderr
 
 
 @pytest.mark.parametrize(
