@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 2
+#define LLMCTL_ABI 3
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -78,6 +78,20 @@ enum {
  * learned: loss and gradient 0. A row with NaN or infinity gives the loss NaN. */
 LLMCTL_API int llmctl_cross_entropy(int32_t dtype, void* logits, int64_t n_rows, int64_t n_columns,
                                     const int64_t* targets, float z_loss, int32_t n_threads, float* losses);
+
+/* Attention's softmax. Row r of scores [n_rows, n_columns] (contiguous) belongs to query q = r % n_queries, which may
+ * attend to the columns begin[q] to end[q] - 1 (none where begin[q] >= end[q]). scores become softmax(scale * scores)
+ * over those columns and 0 elsewhere; log_sums [n_rows] gets the logarithm of each softmax's denominator. */
+LLMCTL_API int llmctl_attention_softmax(int32_t dtype, void* scores, int64_t n_rows, int64_t n_columns,
+                                        const int32_t* begin, const int32_t* end, int64_t n_queries, float scale,
+                                        int32_t n_threads, float* log_sums);
+
+/* Its gradient: scores become the probabilities again, from log_sums; grads, on entry the loss's derivative by each
+ * probability, become that by each score. deltas [n_rows] is the sum over a row of probability times derivative. */
+LLMCTL_API int llmctl_attention_softmax_backward(int32_t dtype, void* scores, void* grads, int64_t n_rows,
+                                                 int64_t n_columns, const int32_t* begin, const int32_t* end,
+                                                 int64_t n_queries, float scale, const float* log_sums,
+                                                 const float* deltas, int32_t n_threads);
 
 #ifdef __cplusplus
 }

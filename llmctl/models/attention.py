@@ -19,6 +19,8 @@ class Context:
 
     mask_BTS: torch.Tensor | None = None
     """bool, true = may attend; None means plainly causal (or, for one new token, everything cached)."""
+    first_keys_BT: torch.Tensor | None = None
+    """With packed documents, where in its row each token's document begins."""
     rotation: tuple[torch.Tensor, torch.Tensor] | None = None
     cache: KVCache | None = None
 
@@ -49,6 +51,7 @@ class Attention(nn.Module):
             k_BGTK,
             v_BGTK,
             mask_BTS=context.mask_BTS,
+            first_keys_BT=context.first_keys_BT,
             causal=context.mask_BTS is None and q_BHTK.shape[2] > 1,
             dropout=self.dropout if self.training else 0.0,
         )

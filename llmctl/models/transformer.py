@@ -84,7 +84,8 @@ class CausalLM(nn.Module):
         starts_B = None if cache is None else cache.starts_B
         if attention_mask_BT is not None:
             starts_B = (attention_mask_BT == 0).sum(1)
-        positions_BT = _positions(length, offset, starts_B, documents_BT, device)
+        first_keys_BT = None if documents_BT is None else _document_starts(documents_BT)
+        positions_BT = _positions(length, offset, starts_B, first_keys_BT, device)
         x_BTD = self.embed_tokens(input_ids_BT)
         if self.embed_positions is not None:
             where = torch.arange(offset, offset + length, device=device) if positions_BT is None else positions_BT
@@ -93,7 +94,7 @@ class CausalLM(nn.Module):
         rotation = None if self.rotary is None else self.rotary.lookup(positions_BT, length, offset, device)
         if rotation is not None:
             rotation = tuple(table.to(self._rotation_dtype(x_BTD)) for table in rotation)
-        context = Context(_mask(length, offset, starts_B, documents_BT, device), rotation, cache)
+        context = Context(_mask(length, offset, starts_B, device), first_keys_BT, rotation, cache)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x_BTD = checkpoint(layer, x_BTD, context, use_reentrant=False)
@@ -115,22 +116,27 @@ def _embedding(count: int, width: int) -> nn.Embedding:
     return nn.Embedding(count, width, _weight=torch.empty(count, width))
 
 
-def _positions(length, offset, starts_B, documents_BT, device) -> torch.Tensor | None:
+def _document_starts(documents_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T]: where in its row each token's document begins."""
+    is_first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
+    is_first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    steps_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
+    return torch.where(is_first_BT, steps_T, 0).cummax(1).values
+
+
+def _positions(length, offset, starts_B, first_keys_BT, device) -> torch.Tensor | None:
     """[B, T] positions, or None when every row simply counts up from `offset`."""
     steps_T = torch.arange(offset, offset + length, device=device)
-    if documents_BT is not None:
-        first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-        first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-        return steps_T - torch.where(first_BT, steps_T, 0).cummax(1).values
+    if first_keys_BT is not None:
+        return steps_T - first_keys_BT
     if starts_B is not None:
         return (steps_T - starts_B[:, None]).clamp(min=0)
     return None
 
 
-def _mask(length, offset, starts_B, documents_BT, device) -> torch.Tensor | None:
+def _mask(length, offset, starts_B, device) -> torch.Tensor | None:
     """[B, T, S] (B may be 1), true where a query may attend; None where plain causal attention says the same."""
-    causal_only = starts_B is None and documents_BT is None
-    if causal_only and (offset == 0 or length == 1):
+    if starts_B is None and (offset == 0 or length == 1):
         return None
     queries_T1 = torch.arange(offset, offset + length, device=device)[:, None]
     keys_S = torch.arange(offset + length, device=device)
@@ -138,6 +144,4 @@ def _mask(length, offset, starts_B, documents_BT, device) -> torch.Tensor | None
     if starts_B is not None:
         # A padding query attends to itself, so that its softmax is finite.
         mask_BTS = mask_BTS & ((keys_S >= starts_B[:, None, None]) | (keys_S == queries_T1))
-    if documents_BT is not None:
-        mask_BTS = mask_BTS & (documents_BT[:, :, None] == documents_BT[:, None, :])
     return mask_BTS
