@@ -65,9 +65,10 @@ def _option_words(param: click.Option, text: str, where: str) -> list[str]:
     flag = max(param.opts, key=len)
     if not param.is_flag:
         return [f"{flag}={text}"] if text.startswith("-") and text != "-" else [flag, text]
-    is_on = click.types.BoolParamType.str_to_bool(text) if isinstance(text, str) else bool(text)
-    if is_on is None:
-        raise CalledWrongly(f"{where}: {flag}: expected on or off, got '{text}'")
+    try:
+        is_on = click.BOOL.convert(text, param, None)
+    except click.BadParameter:
+        raise CalledWrongly(f"{where}: {flag}: expected on or off, got '{text}'") from None
     return [flag] if is_on else param.secondary_opts[:1]
 
 
