@@ -12,7 +12,7 @@ import click
 from llmctl import __version__, commands, ui
 from llmctl.errors import did_you_mean
 from llmctl.failures import exit_code_of
-from llmctl.options import bind_environment
+from llmctl.flag_sources import bind_environment
 
 COMPLETE_VARIABLE = "_LLMCTL_COMPLETE"
 

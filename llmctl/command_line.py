@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import shlex
 
 import click
 
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.options import flag_names
+from llmctl.flag_sources import flag_names
 from llmctl.pipeline import CommandLine
 from llmctl.recipe import Step, checked_keys
 
@@ -23,18 +24,23 @@ def command_line(step: Step, program: click.Group, parent: click.Context, where:
         raise CalledWrongly(f"{where}: no such command: {step.command}", hint="llmctl --help lists the commands")
     names = flag_names(command)
     given = checked_keys(step.flags, names, where)
-    ctx = command.context_class(command, parent=parent, info_name=step.command)
     values = {names[key]: value for key, value in given.items()}
-    for param in command.params:
-        from_environment = param.value_from_envvar(ctx)
-        if from_environment is not None and not any(names[key] == param.name for key in step.overridden & given.keys()):
-            values[param.name] = from_environment
+    values |= _environment(command, parent, kept={names[key] for key in step.overridden & given.keys()})
     line = CommandLine(step.name, [step.command], f"llmctl {step.command}")
     for param in sorted(command.params, key=lambda param: isinstance(param, click.Argument)):
         if param.name in values:
             _add(line, param, values[param.name], where)
+        elif isinstance(param, click.Argument) and isinstance(param.type, click.Path):
+            line.reads_stdin = True
     command.make_context(step.command, line.arguments[1:], parent=parent).close()
     return line
+
+
+def _environment(command: click.Command, parent: click.Context, kept: set[str]) -> dict[str, object]:
+    """What the environment sets, by parameter name, save for those to be kept as they are."""
+    ctx = command.context_class(command, parent=parent, info_name=command.name)
+    found = {param.name: param.value_from_envvar(ctx) for param in command.params if param.name not in kept}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _add(line: CommandLine, param: click.Parameter, value, where: str) -> None:
@@ -52,7 +58,7 @@ def _add(line: CommandLine, param: click.Parameter, value, where: str) -> None:
 
 
 def _add_argument(line: CommandLine, param: click.Argument, texts: list[str]) -> None:
-    expanded = [path for text in texts for path in (_expand(text) if _is_pattern(param, text) else [text])]
+    expanded = [path for text in texts for path in _expand(param, text)]
     if any(text.startswith("-") and text != "-" for text in expanded):
         line.arguments.append("--")
         line.shell += " --"
@@ -74,7 +80,8 @@ def _option_words(param: click.Option, text: str, where: str) -> list[str]:
 
 def _add_paths(line: CommandLine, param: click.Parameter, texts: list[str]) -> None:
     if not param.type.writable:
-        line.inputs += [path for text in texts for path in (_expand(text) if _is_pattern(param, text) else [text])]
+        line.inputs += [path for text in texts for path in _expand(param, text)]
+        line.reads_stdin |= "-" in texts
         return
     line.outputs += texts
     if param.name == "output":
@@ -82,13 +89,17 @@ def _add_paths(line: CommandLine, param: click.Parameter, texts: list[str]) -> N
 
 
 def _is_pattern(param: click.Parameter, text: str) -> bool:
-    return isinstance(param, click.Argument) and isinstance(param.type, click.Path) and bool(_WILDCARD.search(text))
+    is_file = isinstance(param, click.Argument) and isinstance(param.type, click.Path)
+    return is_file and bool(_WILDCARD.search(text)) and not os.path.exists(text)
 
 
-def _expand(pattern: str) -> list[str]:
-    paths = sorted(glob.glob(pattern))
+def _expand(param: click.Parameter, text: str) -> list[str]:
+    """The files that a pattern stands for, as a shell would name them; any other text as it is."""
+    if not _is_pattern(param, text):
+        return [text]
+    paths = sorted(glob.glob(text))
     if not paths:
-        raise UserError(f"{pattern}: no file matches")
+        raise UserError(f"{text}: no file matches")
     return paths
 
 

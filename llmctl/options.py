@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import types
 import typing
 
 import click
 
 from llmctl import quantities
-from llmctl.errors import CalledWrongly, did_you_mean
+from llmctl.flag_sources import read_recipe, refuse_unknown_variables, variable
 
 COMMON = "Common options"
 
@@ -106,7 +105,7 @@ class Command(click.Command):
         except click.UsageError as error:
             error.ctx = error.ctx or ctx
             raise
-        _refuse_unknown_variables(ctx)
+        refuse_unknown_variables(ctx)
         return rest
 
     def invoke(self, ctx):
@@ -130,7 +129,7 @@ class Command(click.Command):
                 for line in self.examples.strip().splitlines():
                     formatter.write(f"{'':{formatter.current_indent}}{line.strip()}\n")
         formatter.write_paragraph()
-        formatter.write_text(f"The environment sets flags too: {_variable(self.name, '<FLAG>')}=VALUE.")
+        formatter.write_text(f"The environment sets flags too: {variable(self.name, '<FLAG>')}=VALUE.")
 
 
 def command(examples: str, **attrs):
@@ -184,40 +183,6 @@ def given(name: str) -> bool:
     return source not in (None, click.core.ParameterSource.DEFAULT)
 
 
-def flag_names(command: click.Command) -> dict[str, str]:
-    """Long flag and argument names, as a recipe writes them, to parameter names."""
-    names = {}
-    for param in command.params:
-        for opt in param.opts:
-            if opt.startswith("--") or isinstance(param, click.Argument):
-                names[opt.lstrip("-").replace("_", "-")] = param.name
-    return names
-
-
-def bind_environment(command: click.Command) -> None:
-    """Let LLMCTL_<COMMAND>_<FLAG> set each flag, under any of its long names."""
-    for param in command.params:
-        if isinstance(param, click.Option):
-            param.envvar = [_variable(command.name, opt) for opt in param.opts if opt.startswith("--")]
-
-
-def _refuse_unknown_variables(ctx) -> None:
-    """A misspelt variable must not pass for a default."""
-    prefix = _variable(ctx.command.name, "")
-    commands = [_variable(name, "") for name in ctx.parent.command.list_commands(ctx)] if ctx.parent else []
-    of_others = tuple(other for other in commands if other != prefix and other.startswith(prefix))
-    known = [variable for param in ctx.command.params for variable in param.envvar or ()]
-    for variable in os.environ:
-        if variable.startswith(prefix) and variable not in known and not variable.startswith(of_others):
-            endings = [name.removeprefix(prefix) for name in known]
-            hint = did_you_mean(variable.removeprefix(prefix), endings) or f"unset it, or see {ctx.command_path} --help"
-            raise CalledWrongly(f"the environment sets {variable}, which is no flag of {ctx.command.name}", hint=hint)
-
-
-def _variable(command: str, flag: str) -> str:
-    return f"LLMCTL_{command}_{flag.lstrip('-')}".replace("-", "_").upper()
-
-
 def _field_option(field, hint):
     metadata = field.metadata
     value_type, multiple = _value_type(hint, metadata)
@@ -263,7 +228,7 @@ def _recipe_option():
         type=PATH,
         metavar="FILE",
         is_eager=True,
-        callback=_read_recipe,
+        callback=read_recipe,
         group=COMMON,
         expose_value=False,
         help="Take flags from a YAML file; a flag given here or in the environment wins.",
@@ -280,16 +245,3 @@ def _message_options():
 
 def _remember(ctx, param, value):
     ctx.meta[f"llmctl.{param.name}"] = ctx.meta.get(f"llmctl.{param.name}", False) or value
-
-
-def _read_recipe(ctx, param, path):
-    if path is None:
-        return
-    from llmctl.recipe import checked_keys, load_mapping
-
-    names = flag_names(ctx.command)
-    for common in ("recipe", "quiet", "debug"):
-        names.pop(common, None)
-    values = checked_keys(load_mapping(path), names, path)
-    ctx.default_map = {names[key]: value for key, value in values.items()}
-    ctx.meta["llmctl.recipe"] = path

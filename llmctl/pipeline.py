@@ -1,15 +1,12 @@
 """Run commands joined as a shell would join them, and leave out those whose finished output is still right.
 
-A step that names an earlier step's output waits for it (`&&`); any other step reads the previous step's standard
-output (`|`). A finished step leaves `.NAME.step.json` beside its output NAME: the key of everything that shaped the
-output, and the sizes and times of its files.
+A step that names the output of a step still running waits for it (`&&`); any other step reads the previous step's
+standard output (`|`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import signal
@@ -20,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-import llmctl
+from llmctl import freshness
 from llmctl.errors import Interrupted, UserError
-from llmctl.files import write_atomic
 
 _log = logging.getLogger("llmctl")
 
@@ -35,19 +31,19 @@ class CommandLine:
     arguments: list[str]
     shell: str
     inputs: list[str] = field(default_factory=list)
+    reads_stdin: bool = False
     outputs: list[str] = field(default_factory=list)
     main_output: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class Stage:
-    """A step in its place: what it reads, what identifies its output, and whether that is there already."""
+    """A step in its place: the steps that make its input files, and the one whose standard output it reads."""
 
     number: int
     line: CommandLine
-    is_piped: bool
-    key: str | None = None
-    is_done: bool = False
+    makers: dict[str, Stage | None]
+    feeder: Stage | None
 
     @property
     def label(self) -> str:
@@ -64,98 +60,113 @@ class StepFailed(UserError):
 
 
 def plan(lines: list[CommandLine]) -> list[Stage]:
-    """Decide how the steps are joined and which of them need not run."""
-    code = _code_sha256()
+    """Decide how the steps are joined."""
     stages: list[Stage] = []
+    pipe: list[Stage] = []
     for number, line in enumerate(lines, start=1):
-        makers = {path: _maker(path, stages) for path in line.inputs}
-        stage = Stage(number, line, is_piped=bool(stages) and not any(makers.values()))
-        stage.key = _key(stage, makers, stages[-1] if stage.is_piped else None, code)
-        stage.is_done = stage.key is not None and _recorded(line) == _record(line, stage.key)
+        makers = {path: maker_of(path, stages) for path in line.inputs if path != "-"}
+        waits = any(maker in pipe for maker in makers.values())
+        pipe = [] if waits else pipe
+        stage = Stage(number, line, makers, feeder=pipe[-1] if pipe else None)
         stages.append(stage)
-    for stage, following in zip(reversed(stages[:-1]), reversed(stages), strict=False):
-        stage.is_done |= not stage.line.outputs and following.is_piped and following.is_done
+        pipe.append(stage)
     return stages
+
+
+def maker_of(path: str, stages: list[Stage]) -> Stage | None:
+    """The last of the stages that writes `path` or a directory that holds it."""
+    whole = Path(path).absolute()
+    for stage in reversed(stages):
+        for output in stage.line.outputs:
+            made = Path(output).absolute()
+            if made == whole or made in whole.parents:
+                return stage
+    return None
 
 
 def shell_line(stages: list[Stage]) -> str:
     """The whole pipeline as a person would type it."""
     text = stages[0].line.shell
     for stage in stages[1:]:
-        text += (" | " if stage.is_piped else " > /dev/null && ") + stage.line.shell
+        text += (" | " if stage.feeder else " > /dev/null && ") + stage.line.shell
     return text
 
 
 def run(stages: list[Stage], environment: Mapping[str, str]) -> None:
-    """Run what is not done, with these variables added to the environment.
+    """Run what is not up to date, with these variables added to the environment.
 
     Raises `StepFailed` for the first step of a pipe that fails, and `Interrupted` on a signal.
     """
-    for stage in stages:
-        if stage.is_done:
-            _log.info("%s is up to date: %s", stage.label, stage.line.main_output or "the step that reads it is")
-    starts = [i for i, stage in enumerate(stages) if not stage.is_piped]
+    keys = freshness.keys(stages)
+    fresh = freshness.fresh(stages, keys)
+    for stage in fresh:
+        _log.info("%s is up to date: %s", stage.label, stage.line.main_output or "the step that reads it is")
+    starts = [i for i, stage in enumerate(stages) if not stage.feeder]
     for start, stop in zip(starts, [*starts[1:], len(stages)], strict=True):
         is_last = stop == len(stages)
-        if is_last and stages[-1].is_done:
+        if is_last and stages[-1] in fresh:
             sys.stdout.buffer.write(_printed(stages[-1]))
-        _run_pipe(stages[start:stop], None if is_last else subprocess.DEVNULL, environment)
+        pipe = _Pipe(stages[start:stop], fresh, None if is_last else subprocess.DEVNULL, environment)
+        pipe.run(keys)
 
 
-def _run_pipe(stages: list[Stage], sink: int | None, environment: Mapping[str, str]) -> None:
-    running: list[tuple[Stage, subprocess.Popen]] = []
-    with _forwarded_signals(running) as received:
+class _Pipe:
+    """Stages that run at the same time, each reading the one before it."""
+
+    def __init__(self, stages: list[Stage], fresh: set[Stage], sink: int | None, environment: Mapping[str, str]):
+        self.stages, self.fresh, self.sink = stages, fresh, sink
+        self.environment = {**os.environ, **environment, "PYTHONSAFEPATH": "1"}
+        self.processes: dict[Stage, subprocess.Popen] = {}
+        self.received: list[int] = []
+
+    def run(self, keys: Mapping[Stage, str | None]) -> None:
+        with self._forwarding_signals():
+            self._start()
+            codes = {stage: process.wait() for stage, process in self.processes.items()}
+        for stage, code in codes.items():
+            if code == 0:
+                freshness.record(stage, keys[stage])
+        if self.received:
+            raise Interrupted(self.received[0])
+        for stage, code in codes.items():
+            if code != 0:
+                raise StepFailed(stage, code)
+
+    def _start(self) -> None:
         source = None
-        for stage, following in zip(stages, [*stages[1:], None], strict=True):
-            if received:
+        for stage, following in zip(self.stages, [*self.stages[1:], None], strict=True):
+            if self.received:
                 break
-            if not stage.is_done:
-                stdout = sink if following is None else subprocess.DEVNULL if following.is_done else subprocess.PIPE
-                running.append((stage, _start(stage, source, stdout, environment)))
+            if stage not in self.fresh:
+                is_unread = following in self.fresh
+                stdout = self.sink if following is None else subprocess.DEVNULL if is_unread else subprocess.PIPE
+                self.processes[stage] = self._process(stage, source, stdout)
             if source:
                 source.close()
-            source = _stored_output(stage) if stage.is_done else running[-1][1].stdout
+            source = _stored_output(stage) if stage in self.fresh else self.processes[stage].stdout
         if source:
             source.close()
-        for _, process in running:
-            process.wait()
-    for stage, process in running:
-        if process.returncode == 0 and stage.key is not None and stage.line.main_output:
-            write_atomic(_record_path(stage.line), json.dumps(_record(stage.line, stage.key)).encode())
-    if received:
-        raise Interrupted(received[0])
-    for stage, process in running:
-        if process.returncode != 0:
-            raise StepFailed(stage, process.returncode)
 
+    def _process(self, stage: Stage, stdin: BinaryIO | None, stdout: int | None) -> subprocess.Popen:
+        # Its own session: a Ctrl-C at the terminal reaches us alone, and each step exactly once, through us.
+        command = [sys.executable, "-m", "llmctl", *stage.line.arguments]
+        return subprocess.Popen(command, stdin=stdin, stdout=stdout, start_new_session=True, env=self.environment)
 
-def _start(stage: Stage, source, stdout: int | None, environment: Mapping[str, str]) -> subprocess.Popen:
-    # Its own session: a Ctrl-C at the terminal reaches us alone, and each step exactly once, through us.
-    return subprocess.Popen(
-        [sys.executable, "-m", "llmctl", *stage.line.arguments],
-        stdin=source,
-        stdout=stdout,
-        start_new_session=True,
-        env={**os.environ, **environment, "PYTHONSAFEPATH": "1"},
-    )
+    @contextlib.contextmanager
+    def _forwarding_signals(self):
+        """Pass the signals that end a program on to every step, and note them."""
 
+        def forward(number, frame):
+            self.received.append(number)
+            for process in self.processes.values():
+                process.send_signal(number)
 
-@contextlib.contextmanager
-def _forwarded_signals(running: list[tuple[Stage, subprocess.Popen]]):
-    """Pass the signals that end a program on to every step, and yield the list of those received."""
-    received: list[int] = []
-
-    def forward(number, frame):
-        received.append(number)
-        for _, process in running:
-            process.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 def _printed(stage: Stage) -> bytes:
@@ -168,69 +179,3 @@ def _stored_output(stage: Stage) -> BinaryIO:
     os.write(writer, _printed(stage))
     os.close(writer)
     return os.fdopen(reader, "rb")
-
-
-def _maker(path: str, stages: list[Stage]) -> Stage | None:
-    """The earlier step that writes `path` or a directory that holds it."""
-    whole = Path(path).absolute()
-    for stage in reversed(stages):
-        for output in stage.line.outputs:
-            made = Path(output).absolute()
-            if made == whole or made in whole.parents:
-                return stage
-    return None
-
-
-def _key(stage: Stage, makers: dict[str, Stage | None], feeder: Stage | None, code: str) -> str | None:
-    """The identity of what a step makes; None where it reads our own standard input, which nobody can foresee."""
-    reads_our_input = feeder is None and (not makers or "-" in makers)
-    sources = [maker.key if maker else _sha256(path) for path, maker in makers.items() if path != "-"]
-    if feeder:
-        sources.append(feeder.key)
-    if reads_our_input or None in sources:
-        return None
-    content = json.dumps([code, stage.line.arguments, sources])
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _record_path(line: CommandLine) -> Path:
-    output = Path(line.main_output)
-    return output.with_name(f".{output.name}.step.json")
-
-
-def _recorded(line: CommandLine) -> dict | None:
-    try:
-        return json.loads(_record_path(line).read_bytes()) if line.main_output else None
-    except (OSError, ValueError):
-        return None
-
-
-def _record(line: CommandLine, key: str) -> dict:
-    files = {
-        str(file): [file.stat().st_size, file.stat().st_mtime_ns] for path in line.outputs for file in _files(path)
-    }
-    return {"key": key, "files": files}
-
-
-def _files(path: str | Path) -> list[Path]:
-    """The file, or those of a directory at any depth."""
-    path = Path(path)
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path] * path.exists()
-
-
-def _sha256(path: str | Path) -> str:
-    """Over the names and contents of a file or directory; a path that is not there has an identity too."""
-    total = hashlib.sha256()
-    for file in _files(path):
-        total.update(f"{file.relative_to(path)}\0".encode(errors="surrogateescape"))
-        with open(file, "rb") as content:
-            while block := content.read(1 << 20):
-                total.update(block)
-    return total.hexdigest()
-
-
-def _code_sha256() -> str:
-    total = hashlib.sha256(llmctl.__version__.encode())
-    for file in sorted(Path(llmctl.__file__).parent.rglob("*.py")):
-        total.update(file.read_bytes())
-    return total.hexdigest()

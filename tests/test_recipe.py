@@ -74,6 +74,7 @@ def test_what_is_no_mapping_is_refused(write, text, message):
         ("lrr: 1\n", "unknown key 'lrr'", "did you mean lr?"),
         ("learning-rate: 1\nlearning_rate: 2\n", "'learning_rate' is given twice", None),
         ("lr: {a: 1}\n", "'lr' expects a value, got keys and values", None),
+        ("lr: [1, 2]\n", "'learning_rate' expects one value, got 2", None),
         ("steps: []\n", "unknown key 'steps'", "a recipe of steps is run by: llmctl run r.yaml"),
     ],
 )
@@ -81,6 +82,11 @@ def test_a_wrong_key_is_refused(llmctl, programs, write, text, message, hint):
     write(text)
     lines = llmctl("show", "--recipe", "r.yaml", code=2).stderr.splitlines()
     assert lines == [f"error: r.yaml: {message}"] + ([f"hint: {hint}"] if hint else [])
+
+
+def test_a_flag_that_takes_several_takes_one(llmctl, programs, write):
+    write("stop: a b")
+    assert json.loads(llmctl("show", "--recipe", "r.yaml").stdout)["stop"] == ["a b"]
 
 
 def test_a_recipe_that_is_not_there(llmctl, programs):
@@ -243,11 +249,29 @@ def test_a_finished_file_is_read_by_the_step_that_names_it(llmctl, programs, wri
 
 
 def test_standard_input_is_never_up_to_date(llmctl, programs, write, tmp_path):
-    write("steps: [copy: {output: b, mark: 1}]")
+    write("steps: [copy: {output: b, mark: 1, recipe: flags.yaml}]")
+    (tmp_path / "flags.yaml").write_text("label: '!'")
     llmctl("run", "r.yaml", input="x")
     (tmp_path / "b").unlink()
     llmctl("run", "r.yaml", input="y")
-    assert (tmp_path / "b").read_text() == "y"
+    assert (tmp_path / "b").read_text() == "y!"
+
+
+def test_a_pipe_goes_on_behind_a_file_that_is_complete(llmctl, programs, write, tmp_path):
+    """The third step reads the second's output through the pipe, and a file that the first has long finished."""
+    write(
+        "steps:\n  - copy: {files: a.txt, output: b}\n  - copy: {files: b, label: '+'}\n"
+        "  - copy: {files: [b, '-'], label: '!'}\n"
+    )
+    (tmp_path / "a.txt").write_text("A")
+    assert llmctl("run", "r.yaml", "--dry-run").stdout.count("|") == 1
+    assert llmctl("run", "r.yaml").stdout == "AA+!"
+
+
+def test_a_file_named_like_a_pattern(llmctl, programs, write, tmp_path):
+    write("steps: [copy: {files: 'a[1].txt'}]")
+    (tmp_path / "a[1].txt").write_text("A")
+    assert llmctl("run", "r.yaml").stdout == "A"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
