@@ -137,6 +137,7 @@ class Pretraining:
         threads = settings.threads or (self.recorded.threads if self.recorded else None)
         if threads:
             torch.set_num_threads(threads)
+        hardware.keep_freed_memory()
         tokenizer_sha256 = None
         if self.recorded:
             tokenizer_sha256 = self.recorded.tokenizer_sha256
