@@ -135,8 +135,9 @@ def test_a_picture_of_no_known_kind(llmctl, run):
     )
 
 
-def test_a_picture_without_matplotlib(llmctl, run, tmp_path):
+def test_a_picture_without_matplotlib(llmctl, run, tmp_path, monkeypatch):
     run()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
-    stderr = llmctl("plot", "run", "-o", "loss.png", code=1, env={"PYTHONPATH": str(tmp_path)}).stderr
+    stderr = llmctl("plot", "run", "-o", "loss.png", code=1).stderr
     assert "need matplotlib" in stderr and "pip install matplotlib" in stderr
