@@ -326,6 +326,8 @@ def _heed(stop: StopRequest) -> None:
 
 
 def _until(stop: StopRequest, batches: Iterator[Batch]) -> Iterator[Batch]:
-    for batch in batches:
-        _heed(stop)
+    for number, batch in enumerate(batches):
+        # once for a batch on every rank: in between each rank takes its turn at the sharded forward
+        if number % distributed.world_size() == 0:
+            _heed(stop)
         yield batch
