@@ -66,7 +66,7 @@ def make_plan(settings: PretrainSettings, inputs: list[str], corpus, device: tor
         raise CalledWrongly(f"--seq-len {seq_len} is beyond the model's context of {config.max_positions}")
     tokens_at_once = 4096 if device.type == "cpu" else 1 << 17
     dtype = hardware.compute_dtype(settings.precision, device)
-    rates = _learning_rates(settings)
+    rates = _learning_rates(settings, config.d_model)
     return Plan(
         settings=asdict(settings),
         inputs=inputs,
@@ -182,10 +182,21 @@ def _default_seq_len(device: torch.device) -> int:
     return 256 if device.type == "cpu" else 1024
 
 
-def _learning_rates(settings: PretrainSettings) -> tuple[float, float]:
-    rate = settings.learning_rate or {"muon": 0.02, "adamw": 0.003}[settings.optimizer]
-    default = 0.01 if settings.optimizer == "muon" and settings.learning_rate is None else rate
-    return rate, settings.embedding_learning_rate or default
+def _learning_rates(settings: PretrainSettings, d_model: int) -> tuple[float, float]:
+    """Peak rates of the blocks and of the embeddings.
+
+    The defaults are tuned at width 128 and fall with it as that keeps the change of a layer's output the same: with the
+    root for Muon, whose updates have a fixed spectral norm per unit of sqrt(width), with the width itself for AdamW
+    (arXiv:2310.17813).
+    """
+    if settings.optimizer == "muon":
+        shrink = (128 / d_model) ** 0.5
+        rate, embedding_rate = 0.02 * shrink, 0.01 * shrink
+    else:
+        rate = embedding_rate = 0.003 * 128 / d_model
+    if settings.learning_rate is not None:
+        rate = embedding_rate = settings.learning_rate
+    return rate, settings.embedding_learning_rate or embedding_rate
 
 
 def _wants_compile(settings: PretrainSettings, device: torch.device) -> bool:

@@ -68,10 +68,17 @@ class PretrainSettings:
 
     optimizer: Literal["muon", "adamw"] = _flag("muon", "muon is for the matrices, with AdamW for the rest.", OPTIMIZER)
     learning_rate: float | None = _flag(
-        None, "Peak rate; by default 0.02 for muon and 0.003 for adamw.", OPTIMIZER, flags=["--lr"], above=0
+        None,
+        "Peak rate; by default 0.02 (muon) or 0.003 (adamw) at width 128, less for wider models.",
+        OPTIMIZER,
+        flags=["--lr"],
+        above=0,
     )
     embedding_learning_rate: float | None = _flag(
-        None, "Peak rate of embeddings and head; by default 0.01, or --learning-rate with adamw.", OPTIMIZER, above=0
+        None,
+        "Peak rate of embeddings and head; by default --learning-rate, or half of muon's own default.",
+        OPTIMIZER,
+        above=0,
     )
     schedule: Literal["cosine", "linear", "wsd"] = _flag(
         "wsd", "How the rate falls after the warm-up; wsd holds it, then falls over the last --decay part.", OPTIMIZER
