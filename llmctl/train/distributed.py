@@ -6,8 +6,10 @@ Every function is right with one process too, where no process group exists.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TypeVar
 
@@ -41,12 +43,23 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
-    except RuntimeError as error:
-        if "gloo" in str(error) or "Connection closed by peer" in str(error):
+    except BaseException as error:
+        _forget_frames(error)
+        if isinstance(error, RuntimeError) and ("gloo" in str(error) or "Connection closed by peer" in str(error)):
             raise UserError("lost the connection to another process of this run, which has failed") from error
         raise
     finally:
         dist.destroy_process_group()
+        # Sharded modules are cycles that hold the group. Its threads must end before the interpreter does: one that
+        # frees a tensor later than that aborts the process.
+        gc.collect()
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """The frames of a traceback hold modules, and these the process group."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def rank() -> int:

@@ -23,7 +23,7 @@ from llmctl.tokenizer import Tokenizer
 from llmctl.train import building, distributed, hardware, planning, state
 from llmctl.train.events import Event, Finished, Planned, Saved, Started, Trained, Validated
 from llmctl.train.feed import PIPE, Feed, open_corpus
-from llmctl.train.loop import StepResult
+from llmctl.train.loop import StepResult, Trainer
 from llmctl.train.pace import Interval, Meter, seconds_per_step, steps_in, validation_interval
 from llmctl.train.run_directory import STATE, RunDirectory
 from llmctl.train.settings import PretrainSettings
@@ -56,7 +56,7 @@ def pretraining(
         try:
             yield run
         finally:
-            run.directory.release()
+            run.close()
 
 
 class Pretraining:
@@ -65,6 +65,7 @@ class Pretraining:
         self.recorded = self._recorded_plan(settings)
         self.settings = planning.resumed_settings(settings, self.recorded, given) if self.recorded else settings
         self.inputs = self._inputs(inputs)
+        self.trainer: Trainer | None = None
         self._durations: list[float] = []
         self._saved_step: int | None = None
 
@@ -115,6 +116,11 @@ class Pretraining:
             "tokens_per_second": plan.tokens_per_step / per_step,
             "seconds": plan.total_steps * per_step,
         }
+
+    def close(self) -> None:
+        """Let go of the output, the model and, with it, of the process group."""
+        self.directory.release()
+        self.trainer = None
 
     # --- preparing ---
 
