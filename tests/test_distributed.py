@@ -213,6 +213,7 @@ def test_an_error_on_one_ends_all(tokens, tmp_path, fault, said):
     assert not list(tmp_path.glob("out/trainer/.*")) and not list(tmp_path.glob("out/trainer/step-*"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_said_once(tokens, tmp_path):
     flags = ("--lr", "1e38", "--warmup-steps", 0, "--save-every", 1, "--steps", 9, "-o", "out")
     result = run_on_two(tmp_path, tokens, *SHAPE, *flags, code=1)
@@ -220,6 +221,7 @@ def test_a_loss_that_is_not_finite_is_said_once(tokens, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_piped_stream_is_read_by_one(tokens, tmp_path, pairs):
     with open(tokens, "rb") as stdin:
         line = on_two(None, *FLAGS, "--optimizer", "adamw", "-o", "out")

@@ -89,7 +89,8 @@ def test_a_broken_pipe_upstream_leaves_no_output(llmctl, tokens, tmp_path, conte
     lines = failed.stderr.decode().splitlines()
     assert said in lines[0] and lines[0].startswith("error: standard input: ") and len(lines) <= 2
     assert failed.stdout == b"" and not (tmp_path / "out").exists()
-    llmctl("pretrain", tokens, *SHAPE, "--steps", 5, "-o", "out")
+    if content == "cut":
+        llmctl("pretrain", tokens, *SHAPE, "--steps", 5, "-o", "out")
 
 
 def test_killed_while_it_still_reads_its_input(llmctl, tokens, tmp_path):
