@@ -18,6 +18,9 @@ from llmctl.train import hardware
 from llmctl.train.settings import PretrainSettings
 
 DEFAULT_SECONDS = 600.0
+TIMED_EPOCHS, TIMED_STEPS = 4, 200
+"""A time budget ends no later than after so many passes over the corpus, or so many steps where a pass is short: beyond
+four passes repeated data is worth little (arXiv:2305.16264), and a small model soon learns it by heart."""
 COMPILE_PAYS_AFTER = 1800.0
 """On a CPU, compiling takes about a minute on two cores; what it gains is a share of the run."""
 

@@ -257,8 +257,13 @@ class Pretraining:
         return True
 
     def _steps_in_time(self, per_step: float) -> int:
+        plan = self.plan
         left = (self.settings.time or planning.DEFAULT_SECONDS) - self._elapsed()
-        return self.trainer.step_number + steps_in(left, per_step, self.plan.tokens_per_step, self._n_val_tokens)
+        fitting = self.trainer.step_number + steps_in(left, per_step, plan.tokens_per_step, self._n_val_tokens)
+        useful = max(planning.TIMED_STEPS, planning.TIMED_EPOCHS * plan.rows_per_epoch // plan.batch_size)
+        if fitting > useful:
+            log.info("%d steps are enough for this corpus, less than the time would allow; --epochs goes on", useful)
+        return min(fitting, useful)
 
     def _validation_interval(self) -> int | float | None:
         total = self.trainer.total_steps

@@ -42,7 +42,8 @@ class PretrainSettings:
     epochs: float | None = _flag(None, "Passes over the corpus.", LENGTH, above=0)
     time: float | None = _flag(
         None,
-        "Wall time of the whole command, turned into steps once, at the start; 10m when no length is given.",
+        "Wall time of the whole command at most, turned into steps once, at the start, and no more than 4 epochs or 200 "
+        "steps of them; 10m when no length is given.",
         LENGTH,
         type="duration",
         above=0,
