@@ -7,9 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
-
-from llmctl.errors import CalledWrongly
+from llmctl.devices import choose_device
 from llmctl.generation.complete import complete, encode_prompt, prepare
 from llmctl.generation.completion import Completion
 from llmctl.generation.decode import decode
@@ -75,16 +73,3 @@ class Session:
 
         for completion in complete(self.model, begin_all(), batch_size):
             yield Answer(*begun.popleft(), completion)
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or by default the first GPU, or the CPU. Raises `CalledWrongly` for one that is not here."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CalledWrongly(f"device {name!r} cannot be used: {reason}", hint="--device cpu always can") from error
-    return device

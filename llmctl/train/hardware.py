@@ -1,4 +1,4 @@
-"""What this machine computes with: device, precision of matrix products, and how fast they can be."""
+"""What this machine computes with: precision of matrix products, how fast they can be, and memory."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ import sys
 import time
 
 import torch
-
-from llmctl.errors import UserError
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device asked for, or a GPU where there is one. Raises UserError for one that is not there."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch
 
 from llmctl import lineage
 from llmctl.data.packing import Batch
+from llmctl.devices import choose_device
 from llmctl.errors import Interrupted
 from llmctl.files import read_json
 from llmctl.models.config import flops_per_token, parameter_count
@@ -50,7 +51,7 @@ def pretraining(
     settings that the caller set explicitly, `began` is the monotonic time at which the command started.
     """
     planning.refuse_contradictions(settings)
-    with distributed.process_group(hardware.pick_device(settings.device)) as device:
+    with distributed.process_group(choose_device(settings.device)) as device:
         run = Pretraining(settings, inputs, RunDirectory(output), given, device)
         run.began = time.monotonic() if began is None else began
         try:
