@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from llmctl.generation.completion import Completion
-    from llmctl.models.transformer import CausalLM
+    from llmctl.models.causal_lm import CausalLM
     from llmctl.tokenizer import Tokenizer
 
 __version__ = "0.1.0"

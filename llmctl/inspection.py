@@ -16,8 +16,7 @@ from llmctl.data.corpus import SHARDS, shards_of
 from llmctl.data.summary import describe_tokenizer, summarize
 from llmctl.errors import UserError
 from llmctl.files import read_json
-from llmctl.models.loading import read_config
-from llmctl.models.transformer import CausalLM
+from llmctl.models.loading import new_empty, read_config
 from llmctl.streams import read_stream
 from llmctl.tokenizer import Tokenizer
 
@@ -78,7 +77,7 @@ def _describe_model(path: Path) -> dict[str, Any]:
     except UserError as error:
         return {"family": hf.get("model_type"), "unsupported": error.message}
     with torch.device("meta"):
-        model = CausalLM(config)
+        model = new_empty(config)
     parts = collections.Counter()
     for name, parameter in model.named_parameters():
         parts[_part_of(name)] += parameter.numel()

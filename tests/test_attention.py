@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from llmctl.ops import blocked_attention, native
-from llmctl.ops.attention import attention, mask_of
+from llmctl.ops.attention import attention
+from llmctl.ops.visibility import Visibility
 
 pytestmark = pytest.mark.skipif(not native.path().exists(), reason="the native library is not built")
 
@@ -28,6 +29,12 @@ def random_starts(batch, length):
     is_first = torch.rand(batch, length, generator=generator) < 0.1
     is_first[:, 0] = True
     return torch.where(is_first, torch.arange(length), 0).cummax(1).values
+
+
+def mask_of(starts):
+    """bool [B, T, S = T]: a query sees the keys from its document's first on, up to itself."""
+    keys = torch.arange(starts.shape[1])
+    return (keys >= starts[:, :, None]) & (keys <= keys[:, None])
 
 
 def expected(q, k, v, starts):
@@ -58,10 +65,10 @@ def test_equals_torch(monkeypatch, shape, dtype, tolerance, packed):
 def test_attention_chooses_the_kernel_for_packed_rows_and_the_mask_without_it(monkeypatch):
     q, k, v = sample((2, 4, 2, 50, 16), torch.float32)
     starts = random_starts(2, 50)
-    native_out = attention(q, k, v, first_keys_BT=starts, causal=True)
+    native_out = attention(q, k, v, Visibility(True, first_BT=starts))
     monkeypatch.setenv("LLMCTL_KERNELS", "reference")
     assert not blocked_attention.applies(q, True)
-    masked_out = attention(q, k, v, first_keys_BT=starts, causal=True)
+    masked_out = attention(q, k, v, Visibility(True, first_BT=starts))
     torch.testing.assert_close(native_out, masked_out, rtol=1e-4, atol=1e-5)
 
 

@@ -251,7 +251,7 @@ def test_out_of_memory_names_the_flag(session, monkeypatch):
     def no_room(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(decode_module, "KVCache", no_room)
+    monkeypatch.setattr(decode_module, "Cache", no_room)
     with pytest.raises(UserError, match="out of memory for 1 sequences of up to 21 tokens") as caught:
         session_text(session, "ab")
     assert "--batch-size" in caught.value.hint

@@ -7,7 +7,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from llmctl.models.cache import KVCache  # noqa: E402
+from llmctl.models.cache import Cache  # noqa: E402
 from llmctl.models.config import parameter_count  # noqa: E402
 from llmctl.models.loading import load_model, save_model  # noqa: E402
 
@@ -75,7 +75,7 @@ def test_cached_steps_equal_one_pass(reference):
     _, path = reference
     model = load_model(path / "theirs")
     ids = token_ids(2, 30)
-    cache = KVCache(model.config, batch_size=2, capacity=30)
+    cache = Cache(model.config, batch_size=2, capacity=30)
     with torch.no_grad():
         whole = model(ids)
         pieces = [model(ids[:, a:b], cache=cache) for a, b in ((0, 7), (7, 8), (8, 20), (20, 21), (21, 30))]

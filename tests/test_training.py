@@ -14,9 +14,9 @@ import torch
 
 from llmctl.errors import CalledWrongly, Interrupted, UserError
 from llmctl.models import shapes
+from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import parameter_count
 from llmctl.models.loading import load_model
-from llmctl.models.transformer import CausalLM
 from llmctl.tokenizer import Tokenizer
 from llmctl.train.events import Finished, Planned, Saved, Started, Trained, Validated
 from llmctl.train.loop import Trainer

@@ -9,7 +9,7 @@ from llmctl.errors import UserError
 from llmctl.generation.completion import Completion
 from llmctl.generation.decode import decode
 from llmctl.generation.settings import Sampling
-from llmctl.models.transformer import CausalLM
+from llmctl.models.causal_lm import CausalLM
 from llmctl.tokenizer import Tokenizer
 
 BATCHES_PER_WINDOW = 32  # prompts are sorted within so many batches: enough for equal lengths, few enough to stream
@@ -42,7 +42,7 @@ def prepare(
     not read back.
     """
     context, vocab_size = model.config.max_positions, model.config.vocab_size
-    if len(prompt_ids) > context:
+    if context is not None and len(prompt_ids) > context:
         raise UserError(
             f"{name} has {len(prompt_ids)} tokens; the model's context is {context}", hint="shorten it: it is never cut"
         )
@@ -51,7 +51,9 @@ def prepare(
             f"{name} has token {max(prompt_ids)}; the model's vocabulary ends at {vocab_size - 1}",
             hint="this is not the tokenizer that the model was trained with",
         )
-    max_new_tokens = min(sampling.max_new_tokens, context - len(prompt_ids) + 1)
+    max_new_tokens = sampling.max_new_tokens
+    if context is not None:
+        max_new_tokens = min(max_new_tokens, context - len(prompt_ids) + 1)
     return Completion(prompt_ids, sampling, sequence, max_new_tokens, eos_ids, tokenizer)
 
 

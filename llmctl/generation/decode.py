@@ -6,13 +6,12 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 
 from llmctl.errors import UserError
 from llmctl.generation.completion import Completion, TokenLogprob
 from llmctl.generation.sampling import Draw, Sampler
-from llmctl.models.cache import KVCache
-from llmctl.models.transformer import CausalLM
+from llmctl.models.cache import Cache
+from llmctl.models.causal_lm import CausalLM
 
 
 @torch.inference_mode()
@@ -31,7 +30,7 @@ def decode(model: CausalLM, completions: Sequence[Completion]) -> Iterator[None]
     capacity = max(lengths) + max(completion.max_new_tokens for completion in live) - 1
     with _explained_out_of_memory(len(live), capacity):
         starts_B = torch.tensor(padding, device=device) if any(padding) else None
-        cache = KVCache(model.config, len(live), capacity, model.head_weight.dtype, device, starts_B)
+        cache = Cache(model.config, len(live), capacity, model.head_weight.dtype, device, starts_B)
         sampler = Sampler(
             [completion.sampling for completion in live],
             [completion.sequence for completion in live],
@@ -42,7 +41,7 @@ def decode(model: CausalLM, completions: Sequence[Completion]) -> Iterator[None]
         inputs_BT = inputs_BT.to(device)
         while live:
             last_BD = model.hidden(inputs_BT, cache=cache)[:, -1]
-            draw = sampler.draw(F.linear(last_BD, model.head_weight))
+            draw = sampler.draw(model.logits(last_BD))
             _push(live, draw)
             rows = [i for i, completion in enumerate(live) if completion.finish_reason is None]
             tokens_B = draw.tokens_B

@@ -13,8 +13,8 @@ from llmctl.generation.completion import Completion
 from llmctl.generation.decode import decode
 from llmctl.generation.records import Answer, Row
 from llmctl.generation.settings import Sampling, eos_ids, read_generation_config, resolve, sampling_from
+from llmctl.models.causal_lm import CausalLM
 from llmctl.models.loading import load_model
-from llmctl.models.transformer import CausalLM
 from llmctl.tokenizer import Tokenizer
 
 

@@ -2,60 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
 from llmctl.models import config, norm
-from llmctl.models.cache import KVCache
+from llmctl.models.context import Context
 from llmctl.models.position import rotate
-from llmctl.ops.attention import attention
-
-
-@dataclass
-class Context:
-    """What every layer of one forward shares, worked out once by the stack."""
-
-    mask_BTS: torch.Tensor | None = None
-    """bool, true = may attend; None means plainly causal (or, for one new token, everything cached)."""
-    first_keys_BT: torch.Tensor | None = None
-    """With packed documents, where in its row each token's document begins."""
-    rotation: tuple[torch.Tensor, torch.Tensor] | None = None
-    cache: KVCache | None = None
+from llmctl.ops.attention import attention, attention_weights
 
 
 class Attention(nn.Module):
-    """softmax(q k^T) v with grouped heads, rotary positions where the context has them, and a cache."""
+    """softmax(q k^T) v with grouped heads, rotary positions, windows and a cache, as its spec says.
 
-    def __init__(self, spec: config.Attention, d_model: int, layer: int, dropout: float):
+    `rotary` is the number of the context's rotation that belongs to the spec's Rope.
+    """
+
+    def __init__(self, spec: config.Attention, d_model: int, layer: int, rotary: int | None, dropout: float = 0.0):
         super().__init__()
-        self.layer, self.head_dim, self.dropout = layer, spec.head_dim, dropout
-        self.q_proj = nn.Linear(d_model, spec.n_heads * spec.head_dim, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(d_model, spec.n_kv_heads * spec.head_dim, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(d_model, spec.n_kv_heads * spec.head_dim, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(spec.n_heads * spec.head_dim, d_model, bias=spec.out_bias)
-        self.q_norm = norm.build(spec.qk_norm, spec.head_dim) if spec.qk_norm else nn.Identity()
-        self.k_norm = norm.build(spec.qk_norm, spec.head_dim) if spec.qk_norm else nn.Identity()
+        self.spec, self.layer, self.rotary, self.dropout = spec, layer, rotary, dropout
+        q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
+        self.q_proj = nn.Linear(d_model, q_width, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(d_model, kv_width, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(d_model, kv_width, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(q_width, d_model, bias=spec.out_bias)
+        per_head = spec.qk_norm_over == "head"
+        self.q_norm = norm.build(spec.qk_norm, spec.head_dim if per_head else q_width)
+        self.k_norm = norm.build(spec.qk_norm, spec.head_dim if per_head else kv_width)
 
     def forward(self, x_BTD: torch.Tensor, context: Context) -> torch.Tensor:
-        q_BHTK = self.q_norm(self._heads(self.q_proj(x_BTD)))
-        k_BGTK = self.k_norm(self._heads(self.k_proj(x_BTD)))
-        v_BGTK = self._heads(self.v_proj(x_BTD))
-        if context.rotation is not None:
-            q_BHTK, k_BGTK = rotate(q_BHTK, *context.rotation), rotate(k_BGTK, *context.rotation)
+        q_BHTK = self._normalized_heads(self.q_proj(x_BTD), self.q_norm)
+        k_BGSK = self._normalized_heads(self.k_proj(x_BTD), self.k_norm)
+        v_BGSK = self._heads(self.v_proj(x_BTD))
+        if self.rotary is not None:
+            rotation = context.rotations[self.rotary]
+            q_BHTK, k_BGSK = rotate(q_BHTK, *rotation), rotate(k_BGSK, *rotation)
         if context.cache is not None:
-            k_BGTK, v_BGTK = context.cache.update(self.layer, k_BGTK, v_BGTK)
-        y_BHTK = attention(
-            q_BHTK,
-            k_BGTK,
-            v_BGTK,
-            mask_BTS=context.mask_BTS,
-            first_keys_BT=context.first_keys_BT,
-            causal=context.mask_BTS is None and q_BHTK.shape[2] > 1,
-            dropout=self.dropout if self.training else 0.0,
-        )
+            k_BGSK, v_BGSK = context.cache.layers[self.layer].append(context.offset, k_BGSK, v_BGSK)
+        visibility = context.visibility(self.spec.causal, self.spec.window)
+        return self._attend(q_BHTK, k_BGSK, v_BGSK, visibility, context)
+
+    def _attend(self, q_BHTK, k_BGSK, v_BGSK, visibility, context: Context, bias_HTS=None) -> torch.Tensor:
+        how = {"scale": self.spec.scale, "softcap": self.spec.softcap, "bias_HTS": bias_HTS}
+        if context.recorded_weights is not None:
+            context.recorded_weights.append(attention_weights(q_BHTK, k_BGSK, visibility, **how))
+        dropout = self.dropout if self.training else 0.0
+        y_BHTK = attention(q_BHTK, k_BGSK, v_BGSK, visibility, **how, dropout=dropout)
         return self.o_proj(y_BHTK.transpose(1, 2).flatten(2))
 
+    def _normalized_heads(self, x_BTN: torch.Tensor, norm_: nn.Module) -> torch.Tensor:
+        if self.spec.qk_norm_over == "head":
+            return norm_(self._heads(x_BTN))
+        return self._heads(norm_(x_BTN))
+
     def _heads(self, x_BTN: torch.Tensor) -> torch.Tensor:
-        return x_BTN.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x_BTN.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)

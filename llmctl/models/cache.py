@@ -1,14 +1,14 @@
-"""The key-value cache of a batch."""
+"""What a model remembers of the tokens that it has read, so that each new one costs one step."""
 
 from __future__ import annotations
 
 import torch
 
-from llmctl.models.config import ModelConfig
+from llmctl.models.config import Attention, ModelConfig
 
 
-class KVCache:
-    """Keys and values of what was already read, preallocated: per layer [B, G, capacity, K] twice.
+class Cache:
+    """One entry per layer, of the kind that the layer's mixer needs.
 
     Layers write at `length`; the stack alone advances it, once per forward. With left-padded rows, `starts_B` (int64) is the
     number of padding slots in front of each row: those are never attended to and positions count from behind them.
@@ -24,24 +24,38 @@ class KVCache:
         starts_B: torch.Tensor | None = None,
     ):
         self.length, self.capacity, self.starts_B = 0, capacity, starts_B
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for i in range(config.n_layers):
-            mixer = config.block(i).mixer
-            shape = (batch_size, mixer.n_kv_heads, capacity, mixer.head_dim)
-            self.layers.append(tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
-
-    def update(self, layer: int, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write T new entries and return all keys and values up to them, as views."""
-        end = self.length + k_BGTK.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the cache holds {self.capacity} positions; {end} were asked of it")
-        keys, values = self.layers[layer]
-        keys[:, :, self.length : end] = k_BGTK
-        values[:, :, self.length : end] = v_BGTK
-        return keys[:, :, :end], values[:, :, :end]
+        self.layers = [
+            _new_entry(config.block(i).mixer, batch_size, capacity, dtype, device) for i in range(config.n_layers)
+        ]
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these rows of the batch (finished sequences leave; a beam is reordered)."""
-        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        for entry in self.layers:
+            entry.select(rows)
         if self.starts_B is not None:
             self.starts_B = self.starts_B[rows]
+
+
+class KeyValues:
+    """Keys and values, preallocated: [B, G, capacity, K] twice."""
+
+    def __init__(self, spec: Attention, batch_size: int, capacity: int, dtype: torch.dtype, device):
+        shape = (batch_size, spec.n_kv_heads, capacity, spec.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def append(self, at: int, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write T entries at `at` and return all keys and values up to them, as views."""
+        end, capacity = at + k_BGTK.shape[2], self.keys.shape[2]
+        if end > capacity:
+            raise ValueError(f"the cache holds {capacity} positions; {end} were asked of it")
+        self.keys[:, :, at:end] = k_BGTK
+        self.values[:, :, at:end] = v_BGTK
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def _new_entry(spec, batch_size: int, capacity: int, dtype: torch.dtype, device) -> KeyValues:
+    return {Attention: KeyValues}[type(spec)](spec, batch_size, capacity, dtype, device)

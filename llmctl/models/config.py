@@ -1,7 +1,7 @@
 """What a model is made of, as plain values: no torch here, so that commands can reason about shapes before it loads.
 
 A model is an embedding, a stack of blocks and a head. A block is norm -> mixer -> residual -> norm -> ffn, and each part
-is a value of its own; a family (families/) builds these from a Hugging Face config and back.
+is a value of its own that knows its size; a family (families/) builds these from a Hugging Face config and back.
 """
 
 from __future__ import annotations
@@ -10,31 +10,81 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+NormPlacement = Literal["pre", "post", "sandwich", "output"]
 
 
 @dataclass(frozen=True)
 class Norm:
+    """RMSNorm (arXiv:1910.07467) or LayerNorm; `offset` is added to the stored weight (Gemma keeps its distance from 1)."""
+
     kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-5
+    offset: float = 0.0
+
+    def parameters(self, width: int) -> int:
+        return width * (2 if self.kind == "layer" else 1)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions (arXiv:2104.09864). `scaling` is the Hugging Face dictionary (rope_type, factor, ...) or None.
+
+    Only the first `dims` elements of a head turn; None means all.
+    """
+
+    theta: float = 10000.0
+    scaling: dict[str, Any] | None = None
+    dims: int | None = None
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Multi-head attention; `n_kv_heads` < `n_heads` shares keys and values within groups (GQA, arXiv:2305.13245)."""
+    """Multi-head attention; `n_kv_heads` < `n_heads` shares keys and values within groups (GQA, arXiv:2305.13245).
+
+    `window`: a token sees itself and the window - 1 before it. `scale` multiplies the scores (None: 1 / sqrt(head_dim));
+    `softcap` bounds them by softcap * tanh(scores / softcap). `qk_norm` works on each head, or on the whole projection.
+    """
 
     n_heads: int
     n_kv_heads: int
     head_dim: int
+    rope: Rope | None = None
     qkv_bias: bool = False
     out_bias: bool = False
+    causal: bool = True
+    window: int | None = None
+    scale: float | None = None
+    softcap: float | None = None
     qk_norm: Norm | None = None
+    qk_norm_over: Literal["head", "projection"] = "head"
+
+    def parameters(self, d_model: int) -> int:
+        q_width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        total = d_model * (2 * q_width + 2 * kv_width)
+        total += (q_width + 2 * kv_width) * self.qkv_bias + d_model * self.out_bias
+        if self.qk_norm:
+            per_head = self.qk_norm_over == "head"
+            total += sum(self.qk_norm.parameters(self.head_dim if per_head else n) for n in (q_width, kv_width))
+        return total
+
+    def sequence_flops(self, seq_len: int) -> float:
+        """Per token and forward pass, what the products of queries with keys and of weights with values take."""
+        seen = min(seq_len, self.window or seq_len)
+        return 4 * self.n_heads * self.head_dim * seen * (0.5 if self.causal and seen == seq_len else 1.0)
 
 
 @dataclass(frozen=True)
 class Mlp:
+    """down(activation(up(x)))."""
+
     d_ff: int
     activation: Activation = "gelu_tanh"
     bias: bool = True
+
+    def parameters(self, d_model: int) -> int:
+        return 2 * d_model * self.d_ff + (self.d_ff + d_model) * self.bias
+
+    active_parameters = parameters
 
 
 @dataclass(frozen=True)
@@ -45,81 +95,155 @@ class GatedMlp:
     activation: Activation = "silu"
     bias: bool = False
 
+    def parameters(self, d_model: int) -> int:
+        return 3 * d_model * self.d_ff + (2 * self.d_ff + d_model) * self.bias
+
+    active_parameters = parameters
+
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary positions (arXiv:2104.09864). `scaling` is the Hugging Face dictionary (rope_type, factor, ...) or None."""
+class Moe:
+    """A mixture of experts: each token goes to the `top_k` that its router scores highest (arXiv:2101.03961, 2401.04088).
 
-    theta: float = 10000.0
-    scaling: dict[str, Any] | None = None
+    `normalize` makes the chosen weights sum to one. `balance_loss` is the coefficient of the load-balancing loss in
+    training (arXiv:2101.03961, equations 4 to 6).
+    """
+
+    n_experts: int
+    top_k: int
+    expert: GatedMlp
+    normalize: bool = True
+    balance_loss: float = 0.0
+
+    def parameters(self, d_model: int) -> int:
+        return d_model * self.n_experts + self.n_experts * self.expert.parameters(d_model)
+
+    def active_parameters(self, d_model: int) -> int:
+        """What one token meets."""
+        return d_model * self.n_experts + self.top_k * self.expert.parameters(d_model)
 
 
 @dataclass(frozen=True)
 class LearnedPositions:
-    """One trained vector per position, added to the token embedding."""
+    """One trained vector per position, added to the token embedding; the table begins with `offset` rows that no
+    position uses (RoBERTa, BART)."""
+
+    offset: int = 0
 
 
 @dataclass(frozen=True)
 class Block:
+    """`pre`: x + f(norm(x)). `post`: norm(x + f(x)). `sandwich`: x + norm(f(norm(x))). `output`: x + norm(f(x)).
+
+    With `cross_attention` (to an encoder's output) its branch stands between mixer and ffn.
+    """
+
     mixer: Attention
-    ffn: Mlp | GatedMlp
+    ffn: Mlp | GatedMlp | Moe | None
     norm: Norm
+    norm_placement: NormPlacement = "pre"
+    cross_attention: Attention | None = None
+
+    @property
+    def branches(self) -> tuple[Any, ...]:
+        return tuple(part for part in (self.mixer, self.cross_attention, self.ffn) if part is not None)
+
+    def parameters(self, d_model: int, active: bool = False) -> int:
+        norms_per_branch = 2 if self.norm_placement == "sandwich" else 1
+        total = len(self.branches) * norms_per_branch * self.norm.parameters(d_model)
+        for part in self.branches:
+            count = getattr(part, "active_parameters", part.parameters) if active else part.parameters
+            total += count(d_model)
+        return total
+
+
+@dataclass(frozen=True)
+class HeadTransform:
+    """norm(activation(dense(x))) in front of the vocabulary matrix, as BERT has it."""
+
+    activation: Activation
+    norm: Norm
+
+    def parameters(self, d_model: int) -> int:
+        return d_model * d_model + d_model + self.norm.parameters(d_model)
+
+
+@dataclass(frozen=True)
+class Head:
+    """From the last hidden state to logits: x -> transform -> scale * x @ weight.T + bias -> softcap."""
+
+    transform: HeadTransform | None = None
+    scale: float = 1.0
+    bias: bool = False
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """`blocks` is repeated in order until there are `n_layers`: one entry for a uniform stack."""
+    """`blocks` is repeated in order until there are `n_layers`: one entry for a uniform stack.
+
+    `max_positions` None: nothing in the model limits the length. `encoder`, where there is one, is a stack of its own
+    that shares the token embedding, and the blocks here are the decoder's.
+    """
 
     family: str
     vocab_size: int
     d_model: int
     n_layers: int
-    max_positions: int
+    max_positions: int | None
     blocks: tuple[Block, ...]
-    positions: Rope | LearnedPositions
-    final_norm: Norm
+    final_norm: Norm | None
+    positions: LearnedPositions | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: Norm | None = None
+    token_types: int = 0
+    head: Head = Head()
     tie_embeddings: bool = False
     dropout: float = 0.0
     initializer_range: float = 0.02
+    encoder: ModelConfig | None = None
     hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The Hugging Face config that this was read from: keys that we do not interpret survive a save."""
 
     def block(self, layer: int) -> Block:
         return self.blocks[layer % len(self.blocks)]
 
+    @property
+    def kind(self) -> Literal["causal", "masked", "seq2seq"]:
+        """What it was made for: to continue a text, to fill its gaps, or to turn one text into another."""
+        if self.encoder is not None:
+            return "seq2seq"
+        return "causal" if getattr(self.blocks[0].mixer, "causal", True) else "masked"
 
-def parameter_count(config: ModelConfig) -> int:
-    """Number of distinct parameters, without building the model."""
-    embedding = config.vocab_size * config.d_model
-    total = embedding * (1 if config.tie_embeddings else 2) + _norm_parameters(config.final_norm, config.d_model)
-    if isinstance(config.positions, LearnedPositions):
-        total += config.max_positions * config.d_model
-    return total + sum(_block_parameters(config.block(i), config.d_model) for i in range(config.n_layers))
+
+def parameter_count(config: ModelConfig, active: bool = False) -> int:
+    """Number of distinct parameters, without building the model; with `active`, of those that one token meets."""
+    total = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
+    total += config.vocab_size * config.head.bias
+    total += config.head.transform.parameters(config.d_model) if config.head.transform else 0
+    total += _stack_parameters(config, active)
+    return total + (_stack_parameters(config.encoder, active) if config.encoder else 0)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations to train on one token: 6 per weight in a matrix product, and causal attention.
+    """Floating-point operations to train on one token: 6 per weight in a matrix product, and attention.
 
-    The PaLM appendix's count (arXiv:2204.02311, B), with attention halved because half of the scores are masked.
+    The PaLM appendix's count (arXiv:2204.02311, B), with causal attention halved because half of the scores are masked.
     """
     embedding = config.vocab_size * config.d_model
-    matrices = parameter_count(config) - (0 if config.tie_embeddings else embedding)
-    if isinstance(config.positions, LearnedPositions):
-        matrices -= config.max_positions * config.d_model
-    blocks = (config.block(i).mixer for i in range(config.n_layers))
-    return 6 * matrices + sum(6 * mixer.n_heads * mixer.head_dim * seq_len for mixer in blocks)
+    matrices = parameter_count(config, active=True) - (0 if config.tie_embeddings else embedding)
+    matrices -= _position_parameters(config)
+    mixers = [config.block(i).mixer for i in range(config.n_layers)]
+    return 6 * matrices + sum(3 * mixer.sequence_flops(seq_len) for mixer in mixers)
 
 
-def _norm_parameters(norm: Norm, width: int) -> int:
-    return width * (2 if norm.kind == "layer" else 1)
+def _stack_parameters(config: ModelConfig, active: bool) -> int:
+    total = _position_parameters(config) + config.token_types * config.d_model
+    total += sum(norm.parameters(config.d_model) for norm in (config.final_norm, config.embedding_norm) if norm)
+    return total + sum(config.block(i).parameters(config.d_model, active) for i in range(config.n_layers))
 
 
-def _block_parameters(block: Block, d_model: int) -> int:
-    mixer, ffn = block.mixer, block.ffn
-    q_width, kv_width = mixer.n_heads * mixer.head_dim, mixer.n_kv_heads * mixer.head_dim
-    total = d_model * (2 * q_width + 2 * kv_width) + 2 * _norm_parameters(block.norm, d_model)
-    total += (q_width + 2 * kv_width) * mixer.qkv_bias + d_model * mixer.out_bias
-    if mixer.qk_norm:
-        total += 2 * _norm_parameters(mixer.qk_norm, mixer.head_dim)
-    n_in = 2 if isinstance(ffn, GatedMlp) else 1
-    return total + (n_in + 1) * d_model * ffn.d_ff + (n_in * ffn.d_ff + d_model) * ffn.bias
+def _position_parameters(config: ModelConfig) -> int:
+    if not isinstance(config.positions, LearnedPositions):
+        return 0
+    return (config.max_positions + config.positions.offset) * config.d_model

@@ -8,7 +8,7 @@ from torch import nn
 
 from llmctl.models import config
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -23,7 +23,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(d_model, spec.d_ff, bias=spec.bias)
         self.down_proj = nn.Linear(spec.d_ff, d_model, bias=spec.bias)
-        self.activation = _ACTIVATIONS[spec.activation]
+        self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.up_proj(x_BTD)))
@@ -37,11 +37,39 @@ class GatedMlp(nn.Module):
         self.gate_proj = nn.Linear(d_model, spec.d_ff, bias=spec.bias)
         self.up_proj = nn.Linear(d_model, spec.d_ff, bias=spec.bias)
         self.down_proj = nn.Linear(spec.d_ff, d_model, bias=spec.bias)
-        self.activation = _ACTIVATIONS[spec.activation]
+        self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
-def build(spec: config.Mlp | config.GatedMlp, d_model: int) -> nn.Module:
-    return {config.Mlp: Mlp, config.GatedMlp: GatedMlp}[type(spec)](spec, d_model)
+class Moe(nn.Module):
+    """Each token through the experts that its router scores highest, weighted by the router's softmax."""
+
+    def __init__(self, spec: config.Moe, d_model: int):
+        super().__init__()
+        self.spec = spec
+        self.router = nn.Linear(d_model, spec.n_experts, bias=False)
+        self.experts = nn.ModuleList(GatedMlp(spec.expert, d_model) for _ in range(spec.n_experts))
+        self.routing: tuple[torch.Tensor, torch.Tensor] | None = None
+        """In training, of the last forward: share of the tokens that each expert got, and its mean probability, [E]."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_ND = x_BTD.flatten(0, -2)
+        probabilities_NE = self.router(x_ND).float().softmax(-1)
+        weights_NC, chosen_NC = probabilities_NE.topk(self.spec.top_k, dim=-1)
+        if self.spec.normalize:
+            weights_NC = weights_NC / weights_NC.sum(-1, keepdim=True)
+        y_ND = torch.zeros_like(x_ND)
+        for number, expert in enumerate(self.experts):
+            rows_M, choice_M = (chosen_NC == number).nonzero(as_tuple=True)
+            weighted_MD = expert(x_ND[rows_M]) * weights_NC[rows_M, choice_M, None].to(x_ND.dtype)
+            y_ND = y_ND.index_add(0, rows_M, weighted_MD.to(y_ND.dtype))
+        if self.training:
+            chosen_E = torch.zeros_like(probabilities_NE).scatter_(1, chosen_NC, 1.0).mean(0)
+            self.routing = chosen_E, probabilities_NE.mean(0)
+        return y_ND.view_as(x_BTD)
+
+
+def build(spec: config.Mlp | config.GatedMlp | config.Moe, d_model: int) -> nn.Module:
+    return {config.Mlp: Mlp, config.GatedMlp: GatedMlp, config.Moe: Moe}[type(spec)](spec, d_model)

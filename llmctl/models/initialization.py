@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import ModelConfig
-from llmctl.models.transformer import CausalLM
+from llmctl.models.loading import new_empty
+from llmctl.models.norm import OffsetRMSNorm
 
 
 def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> CausalLM:
@@ -18,11 +20,14 @@ def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu"
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        model = CausalLM(config)
+        model = new_empty(config)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _initialize(name, parameter, config.initializer_range, generator)
+        for module in model.modules():
+            if isinstance(module, OffsetRMSNorm):
+                module.reset_parameters()
     return model.to(device)
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from llmctl import checkpoint, files
 from llmctl.errors import UserError
 from llmctl.models import families, weights
+from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import ModelConfig
-from llmctl.models.transformer import CausalLM
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -28,6 +28,11 @@ def read_config(path: str | Path) -> ModelConfig:
         raise UserError(f"{file}: the key {error} is missing or has a value that llmctl does not know") from error
 
 
+def new_empty(config: ModelConfig) -> CausalLM:
+    """A model without weights, of the class that its config's kind asks for; build it under the meta device."""
+    return {"causal": CausalLM}[config.kind](config)
+
+
 def load_model(
     path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> CausalLM:
@@ -38,12 +43,12 @@ def load_model(
     path = Path(path)
     config = read_config(path)
     with torch.device("meta"):
-        model = CausalLM(config)
+        model = new_empty(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     stored = checkpoint.open_tensors(path)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     family = families.find(config.family)
-    for name, tensor in weights.load_tensors(family, shapes, config.n_layers, stored.keys(), stored.get):
+    for name, tensor in weights.load_tensors(family, shapes, stored.keys(), stored.get):
         _assign(model, name, tensor.to(device=device, dtype=dtype).contiguous())
     return model.eval()
 
@@ -54,7 +59,7 @@ def hf_tensors(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> dict
     table = families.find(config.family).WEIGHTS
     return {
         theirs: weights.to_theirs(change, [tensors[name].detach() for name in ours])
-        for theirs, ours, change in weights.matches(table, config.n_layers, shapes)
+        for theirs, ours, change in weights.matches(table, shapes)
     }
 
 

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from llmctl.models import config
 
 
-def build(norm: config.Norm, width: int) -> nn.Module:
+class OffsetRMSNorm(nn.RMSNorm):
+    """RMSNorm whose stored weight is the distance from `offset`; the product is taken in float32."""
+
+    def __init__(self, width: int, eps: float, offset: float):
+        super().__init__(width, eps)
+        self.offset = offset
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        weight = self.offset + self.weight.float()
+        return F.rms_norm(x_BTD.float(), self.normalized_shape, weight, self.eps).to(x_BTD.dtype)
+
+
+def build(norm: config.Norm | None, width: int) -> nn.Module:
+    """The layer that a value describes; None is the identity."""
+    if norm is None:
+        return nn.Identity()
+    if norm.offset:
+        return OffsetRMSNorm(width, norm.eps, norm.offset)
     return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[norm.kind](width, eps=norm.eps)

@@ -13,22 +13,21 @@ from llmctl.models import config
 class RotaryTable:
     """cos and sin of position x frequency, float32, computed once and grown when a longer sequence comes."""
 
-    def __init__(self, rope: config.Rope, head_dim: int):
-        self.rope, self.head_dim = rope, head_dim
-        self._cos = self._sin = torch.empty(0, head_dim)
+    def __init__(self, rope: config.Rope, head_dim: int, max_positions: int | None):
+        self.rope, self.dims, self.max_positions = rope, rope.dims or head_dim, max_positions
+        self._cos = self._sin = torch.empty(0, self.dims)
 
-    def lookup(self, positions_BT: torch.Tensor | None, length: int, offset: int, device: torch.device):
-        """(cos, sin) of shape [T, K], or [B, 1, T, K] when rows have positions of their own."""
-        needed = offset + length  # no position is beyond its column, padded or packed
-        if self._cos.shape[0] < needed or self._cos.device != device:
-            self._grow(max(needed, 2 * self._cos.shape[0]), device)
+    def lookup(self, positions_BT: torch.Tensor | None, offset: int, end: int, device: torch.device):
+        """(cos, sin) of shape [T, K] for positions `offset` to `end`, or [B, 1, T, K] where rows have their own."""
+        if self._cos.shape[0] < end or self._cos.device != device:
+            self._grow(max(end, 2 * self._cos.shape[0]), device)
         if positions_BT is None:
-            return self._cos[offset:needed], self._sin[offset:needed]
+            return self._cos[offset:end], self._sin[offset:end]
         return self._cos[positions_BT].unsqueeze(1), self._sin[positions_BT].unsqueeze(1)
 
     def _grow(self, length: int, device: torch.device) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            frequencies = rotary_frequencies(self.rope, self.head_dim).to(device)
+            frequencies = rotary_frequencies(self.rope, self.dims).to(device)
             angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
             # The rotation pairs element i with i + K/2 (the Hugging Face layout), not neighbours.
             self._cos, self._sin = (torch.cat([f, f], dim=-1) for f in (angles.cos(), angles.sin()))
@@ -61,7 +60,10 @@ def _llama3_frequencies(frequencies: torch.Tensor, scaling: dict) -> torch.Tenso
 
 
 def rotate(x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (i, i + K/2) of a head by its angle."""
+    """Rotate each pair (i, i + K/2) of a head by its angle; elements beyond the tables' width stay as they are."""
+    dims = cos.shape[-1]
+    if dims < x_BHTK.shape[-1]:
+        return torch.cat([rotate(x_BHTK[..., :dims], cos, sin), x_BHTK[..., dims:]], dim=-1)
     first, second = x_BHTK.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (x_BHTK * cos + turned * sin).to(x_BHTK.dtype)

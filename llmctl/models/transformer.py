@@ -1,4 +1,4 @@
-"""Block, stack and the causal language model: the one forward pass that every command runs."""
+"""Block and stack: the one forward pass under every model."""
 
 from __future__ import annotations
 
@@ -8,140 +8,113 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llmctl.models import config, ffn, norm
-from llmctl.models.attention import Attention, Context
-from llmctl.models.cache import KVCache
+from llmctl.models.attention import Attention
+from llmctl.models.context import Context
 from llmctl.models.position import RotaryTable
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(x), then x + ffn(x); the norms that its placement lacks are identities (see `config.Block`)."""
 
-    def __init__(self, model: config.ModelConfig, layer: int):
+    def __init__(self, spec: config.Block, d_model: int, layer: int, rotary: int | None, dropout: float):
         super().__init__()
-        spec = model.block(layer)
-        self.mixer_norm = norm.build(spec.norm, model.d_model)
-        self.mixer = Attention(spec.mixer, model.d_model, layer, model.dropout)
-        self.ffn_norm = norm.build(spec.norm, model.d_model)
-        self.ffn = ffn.build(spec.ffn, model.d_model)
-        self.dropout = model.dropout
+        self.dropout = dropout
+        self.mixer = build_mixer(spec.mixer, d_model, layer, rotary, dropout)
+        self.mixer_norm, self.mixer_output_norm, self.mixer_sum_norm = _norms(spec, d_model)
+        self.ffn = None
+        if spec.ffn is not None:
+            self.ffn = ffn.build(spec.ffn, d_model)
+            self.ffn_norm, self.ffn_output_norm, self.ffn_sum_norm = _norms(spec, d_model)
 
     def forward(self, x_BTD: torch.Tensor, context: Context) -> torch.Tensor:
-        x_BTD = x_BTD + self._drop(self.mixer(self.mixer_norm(x_BTD), context))
-        return x_BTD + self._drop(self.ffn(self.ffn_norm(x_BTD)))
+        y_BTD = self.mixer_output_norm(self.mixer(self.mixer_norm(x_BTD), context))
+        x_BTD = self.mixer_sum_norm(x_BTD + self._drop(y_BTD))
+        if self.ffn is None:
+            return x_BTD
+        y_BTD = self.ffn_output_norm(self.ffn(self.ffn_norm(x_BTD)))
+        return self.ffn_sum_norm(x_BTD + self._drop(y_BTD))
 
     def _drop(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return F.dropout(x_BTD, self.dropout) if self.training and self.dropout else x_BTD
 
 
-class CausalLM(nn.Module):
-    """A decoder-only language model: token ids to logits over the vocabulary."""
+class Stack(nn.Module):
+    """Positions, blocks and the final norm: from token embeddings to hidden states."""
 
     def __init__(self, config_: config.ModelConfig):
         super().__init__()
         self.config = config_
         self.activation_checkpointing = False
-        self.embed_tokens = _embedding(config_.vocab_size, config_.d_model)
-        learned = isinstance(config_.positions, config.LearnedPositions)
-        self.embed_positions = _embedding(config_.max_positions, config_.d_model) if learned else None
-        self.rotary = None if learned else RotaryTable(config_.positions, config_.blocks[0].mixer.head_dim)
-        self.layers = nn.ModuleList(Block(config_, layer) for layer in range(config_.n_layers))
+        learned = config_.positions
+        rows = config_.max_positions + learned.offset if learned else 0
+        self.embed_positions = embedding(rows, config_.d_model) if learned else None
+        self.embed_types = embedding(config_.token_types, config_.d_model) if config_.token_types else None
+        self.embed_norm = norm.build(config_.embedding_norm, config_.d_model)
+        self.rotaries, numbers = _rotary_tables(config_)
+        self.layers = nn.ModuleList(
+            Block(config_.block(i), config_.d_model, i, numbers[i], config_.dropout) for i in range(config_.n_layers)
+        )
         self.norm = norm.build(config_.final_norm, config_.d_model)
-        tied = config_.tie_embeddings
-        self.lm_head = None if tied else nn.Linear(config_.d_model, config_.vocab_size, bias=False)
 
-    @property
-    def head_weight(self) -> torch.Tensor:
-        """[V, D], whether or not it is the embedding."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-
-    def forward(
-        self,
-        input_ids_BT: torch.Tensor,
-        attention_mask_BT: torch.Tensor | None = None,
-        *,
-        documents_BT: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """Logits [B, T, V]; the arguments are those of `hidden`."""
-        return F.linear(self.hidden(input_ids_BT, attention_mask_BT, documents_BT=documents_BT, cache=cache), self.head_weight)  # fmt: skip
-
-    def hidden(
-        self,
-        input_ids_BT: torch.Tensor,
-        attention_mask_BT: torch.Tensor | None = None,
-        *,
-        documents_BT: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """The last layer's output after the final norm, [B, T, D].
-
-        `attention_mask_BT` is 1 at real tokens and 0 at padding on the left. `documents_BT` (int, non-decreasing along T)
-        numbers the documents packed into a row: tokens attend within their own only and positions restart with each. With a
-        `cache` the T tokens continue what it holds.
-        """
-        length, device = input_ids_BT.shape[1], input_ids_BT.device
-        offset = 0 if cache is None else cache.length
-        starts_B = None if cache is None else cache.starts_B
-        if attention_mask_BT is not None:
-            starts_B = (attention_mask_BT == 0).sum(1)
-        first_keys_BT = None if documents_BT is None else _document_starts(documents_BT)
-        positions_BT = _positions(length, offset, starts_B, first_keys_BT, device)
-        x_BTD = self.embed_tokens(input_ids_BT)
-        if self.embed_positions is not None:
-            where = torch.arange(offset, offset + length, device=device) if positions_BT is None else positions_BT
-            x_BTD = x_BTD + self.embed_positions(where)
-        x_BTD = F.dropout(x_BTD, self.config.dropout) if self.training and self.config.dropout else x_BTD
-        rotation = None if self.rotary is None else self.rotary.lookup(positions_BT, length, offset, device)
-        if rotation is not None:
-            rotation = tuple(table.to(self._rotation_dtype(x_BTD)) for table in rotation)
-        context = Context(_mask(length, offset, starts_B, device), first_keys_BT, rotation, cache)
+    def run(self, x_BTD: torch.Tensor, context: Context, types_BT: torch.Tensor | None = None) -> torch.Tensor:
+        """The last layer's output after the final norm, [B, T, D], for scaled token embeddings; advances the cache."""
+        x_BTD = self._drop(self.embed_norm(x_BTD + self._position_embeddings(context, types_BT)))
+        positions_BT, end = context.positions_BT, context.offset + context.length
+        dtype = _rotation_dtype(x_BTD)
+        tables = (table.lookup(positions_BT, context.offset, end, context.device) for table in self.rotaries)
+        context.rotations = [(cos.to(dtype), sin.to(dtype)) for cos, sin in tables]
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x_BTD = checkpoint(layer, x_BTD, context, use_reentrant=False)
             else:
                 x_BTD = layer(x_BTD, context)
-        if cache is not None:
-            cache.length += length
+        if context.cache is not None:
+            context.cache.length += context.length
         return self.norm(x_BTD)
 
-    @staticmethod
-    def _rotation_dtype(x_BTD: torch.Tensor) -> torch.dtype:
-        """Rotate in the precision of the projections, which autocast may have lowered."""
-        kind = x_BTD.device.type
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype
+    def _position_embeddings(self, context: Context, types_BT: torch.Tensor | None) -> torch.Tensor | float:
+        """What positions and token types (all 0 where not given) add to an embedding."""
+        added = 0.0
+        if self.embed_positions is not None:
+            where = context.columns_T if context.positions_BT is None else context.positions_BT
+            added = self.embed_positions(where + self.config.positions.offset)
+        if self.embed_types is not None:
+            added = added + (self.embed_types.weight[0] if types_BT is None else self.embed_types(types_BT))
+        return added
+
+    def _drop(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x_BTD, self.config.dropout) if self.training and self.config.dropout else x_BTD
 
 
-def _embedding(count: int, width: int) -> nn.Embedding:
+def build_mixer(spec: config.Attention, d_model: int, layer: int, rotary: int | None, dropout: float) -> nn.Module:
+    return {config.Attention: Attention}[type(spec)](spec, d_model, layer, rotary, dropout)
+
+
+def embedding(count: int, width: int) -> nn.Embedding:
     # Given a weight, torch draws none: on the meta device that alone imports its compiler, which takes a second.
     return nn.Embedding(count, width, _weight=torch.empty(count, width))
 
 
-def _document_starts(documents_BT: torch.Tensor) -> torch.Tensor:
-    """[B, T]: where in its row each token's document begins."""
-    is_first_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-    is_first_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-    steps_T = torch.arange(documents_BT.shape[1], device=documents_BT.device)
-    return torch.where(is_first_BT, steps_T, 0).cummax(1).values
+def _norms(spec: config.Block, d_model: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """In front of a branch, on its output, and on the sum with the residual."""
+    places = {"pre": (0,), "output": (1,), "sandwich": (0, 1), "post": (2,)}[spec.norm_placement]
+    return tuple(norm.build(spec.norm if i in places else None, d_model) for i in range(3))
 
 
-def _positions(length, offset, starts_B, first_keys_BT, device) -> torch.Tensor | None:
-    """[B, T] positions, or None when every row simply counts up from `offset`."""
-    steps_T = torch.arange(offset, offset + length, device=device)
-    if first_keys_BT is not None:
-        return steps_T - first_keys_BT
-    if starts_B is not None:
-        return (steps_T - starts_B[:, None]).clamp(min=0)
-    return None
+def _rotary_tables(config_: config.ModelConfig) -> tuple[list[RotaryTable], list[int | None]]:
+    """The distinct tables of a stack, and each layer's number among them (None without rotary positions)."""
+    kinds, numbers = [], []
+    for i in range(config_.n_layers):
+        mixer = config_.block(i).mixer
+        rope = getattr(mixer, "rope", None)
+        kind = None if rope is None else (rope, mixer.head_dim)
+        if kind is not None and kind not in kinds:
+            kinds.append(kind)
+        numbers.append(None if kind is None else kinds.index(kind))
+    return [RotaryTable(*kind, max_positions=config_.max_positions) for kind in kinds], numbers
 
 
-def _mask(length, offset, starts_B, device) -> torch.Tensor | None:
-    """[B, T, S] (B may be 1), true where a query may attend; None where plain causal attention says the same."""
-    if starts_B is None and (offset == 0 or length == 1):
-        return None
-    queries_T1 = torch.arange(offset, offset + length, device=device)[:, None]
-    keys_S = torch.arange(offset + length, device=device)
-    mask_BTS = (keys_S <= queries_T1)[None]
-    if starts_B is not None:
-        # A padding query attends to itself, so that its softmax is finite.
-        mask_BTS = mask_BTS & ((keys_S >= starts_B[:, None, None]) | (keys_S == queries_T1))
-    return mask_BTS
+def _rotation_dtype(x_BTD: torch.Tensor) -> torch.dtype:
+    """Rotate in the precision of the projections, which autocast may have lowered."""
+    kind = x_BTD.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_BTD.dtype

@@ -15,6 +15,8 @@ def to_ours(change: str, tensor: torch.Tensor, sizes: Sequence[int]) -> list[tor
     """Undo `to_theirs`; `sizes` are the lengths of our parts along their first dimension."""
     if change == "rename":
         return [tensor]
+    if change == "split_rows":
+        return list(tensor.split(list(sizes), dim=0))
     assert change == "split_columns", change
     return [part.mT if part.dim() == 2 else part for part in tensor.split(list(sizes), dim=-1)]
 
@@ -22,25 +24,26 @@ def to_ours(change: str, tensor: torch.Tensor, sizes: Sequence[int]) -> list[tor
 def to_theirs(change: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     if change == "rename":
         return parts[0]
+    if change == "split_rows":
+        return torch.cat(list(parts))
     assert change == "split_columns", change
     return torch.cat([part.mT if part.dim() == 2 else part for part in parts], dim=-1).contiguous()
 
 
-def matches(
-    table: Iterable[Row], n_layers: int, shapes: Mapping[str, torch.Size]
-) -> Iterator[tuple[str, list[str], str]]:
-    """(their name, our names, change) for every row that the model has parameters for."""
+def matches(table: Iterable[Row], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, list[str], str]]:
+    """(their name, our names, change) for every row and number that the model has parameters for."""
     for entry in table:
-        for layer in range(n_layers) if "{}" in entry.theirs else [0]:
-            ours = [name.replace("{}", str(layer), 1) for name in entry.ours]
-            if all(name in shapes for name in ours):
-                yield entry.theirs.replace("{}", str(layer), 1), ours, entry.change
+        pattern = re.compile(re.escape(entry.ours[0]).replace(r"\{\}", r"(\d+)"))
+        for name in shapes:
+            if found := pattern.fullmatch(name):
+                ours = [_numbered(other, found.groups()) for other in entry.ours]
+                if all(other in shapes for other in ours):
+                    yield _numbered(entry.theirs, found.groups()), ours, entry.change
 
 
 def load_tensors(
     family,
     shapes: Mapping[str, torch.Size],
-    n_layers: int,
     available: Iterable[str],
     get: Callable[[str], torch.Tensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -51,7 +54,7 @@ def load_tensors(
     Raises UserError naming what is missing, left over or of another shape.
     """
     names = {_bare(name): name for name in available}
-    wanted = list(matches(family.WEIGHTS, n_layers, shapes))
+    wanted = list(matches(family.WEIGHTS, shapes))
     missing = [theirs for theirs, _, _ in wanted if _bare(theirs) not in names]
     used = {_bare(theirs) for theirs, _, _ in wanted}
     ignorable = (*family.IGNORABLE, *(() if "lm_head.weight" in shapes else (r"^lm_head\.weight$",)))
@@ -69,6 +72,10 @@ def load_tensors(
         if tensor.shape != expected:
             raise UserError(f"{theirs} has shape {list(tensor.shape)}; config.json says {list(expected)}")
         yield from zip(ours, to_ours(change, tensor, sizes))
+
+
+def _numbered(name: str, numbers: Sequence[str]) -> str:
+    return name.format(*numbers)
 
 
 def _bare(name: str) -> str:

@@ -6,41 +6,83 @@ import torch
 import torch.nn.functional as F
 
 from llmctl.ops import blocked_attention
+from llmctl.ops.visibility import Visibility
 
 
 def attention(
     q_BHTK: torch.Tensor,
     k_BGSK: torch.Tensor,
     v_BGSK: torch.Tensor,
+    visibility: Visibility,
     *,
-    mask_BTS: torch.Tensor | None = None,
-    first_keys_BT: torch.Tensor | None = None,
-    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias_HTS: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(K)) v -> [B, H, T, K]; H is a multiple of G, each kv head serves H / G query heads.
+    """softmax(softcap(scale q k^T) + bias) v -> [B, H, T, K]; H is a multiple of G, each kv head serves H / G query heads.
 
-    Which keys a query may attend to: with `causal` (T = S) those up to itself, and with `first_keys_BT` (int64) only from
-    that index on, which keeps packed documents apart; with `mask_BTS` (bool, true = may attend) those that it says; else
-    all. A query that may attend to nothing gets finite values.
+    `scale` None is 1 / sqrt(K). Every query must see at least one key.
     """
-    if causal and mask_BTS is None and not dropout and blocked_attention.applies(q_BHTK, first_keys_BT is not None):
+    plain = scale is None and softcap is None and bias_HTS is None and not dropout
+    starts_at_zero = visibility.causal and visibility.offset == 0 and visibility.end_BT is None
+    if plain and starts_at_zero and blocked_attention.applies(q_BHTK, visibility.first_BT is not None):
+        first_keys_BT = visibility.first_BT
+        if first_keys_BT is not None:
+            first_keys_BT = first_keys_BT.expand(q_BHTK.shape[0], q_BHTK.shape[2])
         return blocked_attention.causal_attention(q_BHTK, k_BGSK, v_BGSK, first_keys_BT)
-    if first_keys_BT is not None:
-        mask_BTS, causal = mask_of(first_keys_BT), False
-    grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    if grouped and q_BHTK.device.type == "cpu":
-        # torch's CPU flash kernel takes equal head counts only.
-        repeats = q_BHTK.shape[1] // k_BGSK.shape[1]
-        k_BGSK, v_BGSK = k_BGSK.repeat_interleave(repeats, 1), v_BGSK.repeat_interleave(repeats, 1)
-        grouped = False
-    mask = None if mask_BTS is None else mask_BTS.unsqueeze(1)
+    if softcap is not None:
+        weights_BHTS = attention_weights(q_BHTK, k_BGSK, visibility, scale=scale, softcap=softcap, bias_HTS=bias_HTS)
+        weights_BHTS = F.dropout(weights_BHTS, dropout, training=dropout > 0).to(v_BGSK.dtype)
+        return weights_BHTS @ _repeat_heads(v_BGSK, q_BHTK)
+    if q_BHTK.device.type == "cpu":  # torch's CPU flash kernel takes equal head counts only
+        k_BGSK, v_BGSK = _repeat_heads(k_BGSK, q_BHTK), _repeat_heads(v_BGSK, q_BHTK)
+    triangle = visibility.is_triangle() and bias_HTS is None and q_BHTK.shape[2] > 1
     return F.scaled_dot_product_attention(
-        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, is_causal=causal, dropout_p=dropout, enable_gqa=grouped
+        q_BHTK,
+        k_BGSK,
+        v_BGSK,
+        attn_mask=None if triangle else _mask(visibility, bias_HTS, q_BHTK, k_BGSK),
+        is_causal=triangle,
+        dropout_p=dropout,
+        scale=scale,
+        enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1],
     )
 
 
-def mask_of(first_keys_BT: torch.Tensor) -> torch.Tensor:
-    """bool [B, T, S = T]: key s is at or behind the query's first key, and not behind the query."""
-    keys_S = torch.arange(first_keys_BT.shape[1], device=first_keys_BT.device)
-    return (keys_S >= first_keys_BT[:, :, None]) & (keys_S <= keys_S[:, None])
+def attention_weights(
+    q_BHTK: torch.Tensor,
+    k_BGSK: torch.Tensor,
+    visibility: Visibility,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias_HTS: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The softmax itself, [B, H, T, S] float32: how much each query takes from each key."""
+    scale = q_BHTK.shape[-1] ** -0.5 if scale is None else scale
+    scores_BHTS = (q_BHTK * scale).float() @ _repeat_heads(k_BGSK, q_BHTK).float().mT
+    if softcap is not None:
+        scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
+    if bias_HTS is not None:
+        scores_BHTS = scores_BHTS + bias_HTS
+    if not visibility.hides_nothing(q_BHTK.shape[2]):
+        mask_BTS = visibility.mask_BTS(q_BHTK.shape[2], k_BGSK.shape[2], q_BHTK.device)
+        scores_BHTS = scores_BHTS.masked_fill(~mask_BTS.unsqueeze(1), float("-inf"))
+    return scores_BHTS.softmax(-1)
+
+
+def _mask(visibility, bias_HTS, q_BHTK, k_BGSK) -> torch.Tensor | None:
+    """What torch adds to the scores: a bool mask, or the bias with -inf where nothing is seen."""
+    n_queries, n_keys = q_BHTK.shape[2], k_BGSK.shape[2]
+    if visibility.hides_nothing(n_queries):
+        return None if bias_HTS is None else bias_HTS.to(q_BHTK.dtype)
+    mask_B1TS = visibility.mask_BTS(n_queries, n_keys, q_BHTK.device).unsqueeze(1)
+    if bias_HTS is None:
+        return mask_B1TS
+    return bias_HTS.to(q_BHTK.dtype).masked_fill(~mask_B1TS, float("-inf"))
+
+
+def _repeat_heads(k_BGSK: torch.Tensor, q_BHTK: torch.Tensor) -> torch.Tensor:
+    repeats = q_BHTK.shape[1] // k_BGSK.shape[1]
+    return k_BGSK if repeats == 1 else k_BGSK.repeat_interleave(repeats, 1)

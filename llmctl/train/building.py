@@ -9,9 +9,9 @@ import torch
 
 from llmctl.errors import UserError
 from llmctl.models import families
+from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import ModelConfig, parameter_count
 from llmctl.models.initialization import new_model
-from llmctl.models.transformer import CausalLM
 from llmctl.quantities import format_count, format_size
 from llmctl.train import distributed, hardware, optim, state
 from llmctl.train.loop import Objective, Trainer

@@ -11,7 +11,7 @@ from torch import nn
 
 from llmctl.data.packing import Batch
 from llmctl.errors import UserError
-from llmctl.models.transformer import CausalLM
+from llmctl.models.causal_lm import CausalLM
 from llmctl.train import distributed
 from llmctl.train.hardware import autocast
 from llmctl.train.loss import cross_entropy, token_losses
@@ -36,10 +36,12 @@ class Objective(nn.Module):
 
     def forward(self, inputs_BT, targets_BT, documents_BT=None) -> torch.Tensor:
         """Sum of nats over all targets in training mode; [B * T] nats of each, without gradient, in eval mode."""
-        hidden_ND = self.model.hidden(inputs_BT, documents_BT=documents_BT).flatten(0, 1)
+        model, targets_N = self.model, targets_BT.flatten()
+        hidden_ND = model.head_input(model.hidden(inputs_BT, documents_BT=documents_BT)).flatten(0, 1)
+        head = {"bias_V": model.head_bias, "softcap": model.config.head.softcap}
         if self.training:
-            return cross_entropy(hidden_ND, self.model.head_weight, targets_BT.flatten(), self.z_loss)
-        return token_losses(hidden_ND, self.model.head_weight, targets_BT.flatten())
+            return cross_entropy(hidden_ND, model.head_weight, targets_N, self.z_loss, **head)
+        return token_losses(hidden_ND, model.head_weight, targets_N, **head)
 
 
 @dataclass

@@ -17,26 +17,40 @@ CHUNK_ELEMENTS = 1 << 28
 
 
 def cross_entropy(
-    hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor, z_loss: float = 0.0
+    hidden_ND: torch.Tensor,
+    head_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    z_loss: float = 0.0,
+    *,
+    bias_V: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Sum of -log p(target) in nats over all targets that are not negative, float32 scalar.
 
-    `z_loss` adds z_loss * log(Z)^2 per token (arXiv:2204.02311, 5.1). Matrix products run in autocast's dtype where it
-    is on.
+    The logits are softcap * tanh((hidden @ head.T + bias) / softcap), without what is None. `z_loss` adds
+    z_loss * log(Z)^2 per token (arXiv:2204.02311, 5.1). Matrix products run in autocast's dtype where it is on.
     """
     kind = hidden_ND.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
-    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N, z_loss)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, bias_V, targets_N, z_loss, softcap)
 
 
-def token_losses(hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+def token_losses(
+    hidden_ND: torch.Tensor,
+    head_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    bias_V: torch.Tensor | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """-log p(target) of each position in nats, [N] float32, 0 where the target is negative; without gradient."""
     rows = _rows_at_once(head_VD)
     with torch.no_grad():
         parts = [
-            cross_entropy_(F.linear(h_ND, head_VD), t_N)
+            cross_entropy_(_logits(h_ND, head_VD, bias_V, softcap), t_N)
             for h_ND, t_N in zip(hidden_ND.split(rows), targets_N.split(rows))
         ]
     return torch.cat(parts)
@@ -46,26 +60,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The gradient is worked out in the forward pass, where the logits are at hand, and scaled in the backward."""
 
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, targets_N, z_loss):
+    def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, z_loss, softcap):
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_hidden, grad_head_VD = [], None
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         rows = _rows_at_once(head_VD)
         for h_ND, t_N in zip(hidden_ND.split(rows), targets_N.split(rows)):
-            logits_NV = h_ND @ head_VD.mT
-            total += cross_entropy_(logits_NV, t_N, z_loss).sum()
+            logits_NV = _logits(h_ND, head_VD, bias_V, softcap)
+            slope_NV = None if softcap is None else 1 - (logits_NV / softcap).square_()
+            total += cross_entropy_(logits_NV, t_N, z_loss).sum()  # now they hold the gradient
+            if slope_NV is not None:
+                logits_NV *= slope_NV
             grad_hidden.append(logits_NV @ head_VD)
             part_VD = logits_NV.mT @ h_ND
             # the only chunk's gradient is rounded once; those of several are summed in float32
             if len(h_ND) < len(hidden_ND):
                 part_VD = part_VD.float()
             grad_head_VD = part_VD if grad_head_VD is None else grad_head_VD.add_(part_VD)
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_head_VD.to(head_VD.dtype))
+            if grad_bias_V is not None:
+                grad_bias_V += logits_NV.sum(0, dtype=torch.float32)
+        grad_bias_V = None if bias_V is None else grad_bias_V.to(bias_V.dtype)
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_head_VD.to(head_VD.dtype), grad_bias_V)
         return total
 
     @staticmethod
     def backward(ctx, grad_total):
-        grad_hidden_ND, grad_head_VD = ctx.saved_tensors
-        return grad_hidden_ND * grad_total, grad_head_VD * grad_total, None, None
+        hidden_head_bias = [None if grad is None else grad * grad_total for grad in ctx.saved_tensors]
+        return *hidden_head_bias, None, None, None
+
+
+def _logits(hidden_ND, head_VD, bias_V, softcap) -> torch.Tensor:
+    logits_NV = F.linear(hidden_ND, head_VD, bias_V)
+    return logits_NV if softcap is None else logits_NV.div_(softcap).tanh_().mul_(softcap)
 
 
 def _rows_at_once(head_VD: torch.Tensor) -> int:

@@ -66,7 +66,7 @@ def load_weights(model, directory: str | Path) -> None:
     parameters = dict(model.named_parameters())
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     family = families.find(model.config.family)
-    for name, tensor in weights.load_tensors(family, shapes, model.config.n_layers, files.keys(), files.get):
+    for name, tensor in weights.load_tensors(family, shapes, files.keys(), files.get):
         _copy_into(parameters[name], tensor)
 
 

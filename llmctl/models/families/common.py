@@ -21,8 +21,9 @@ HF_ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_t
 class Row:
     """One tensor of a Hugging Face file and the parameter or parameters of ours that it holds.
 
-    `{}` stands for the layer number. `change` names what models.weights does to the tensor, both ways: "rename" nothing,
-    "split_columns" cuts a transposed matrix [in, sum of out] (or its bias) into our Linears.
+    Each `{}` stands for a number (of a layer, of an expert), the same and in the same order in all names. `change` names
+    what models.weights does to the tensor, both ways: "rename" nothing, "split_rows" cuts a matrix [sum of out, in] into our
+    Linears, and "split_columns" a transposed one [in, sum of out] (or its bias).
     """
 
     theirs: str

@@ -17,6 +17,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
             n_heads=n_heads,
             n_kv_heads=hf.get("num_key_value_heads") or n_heads,
             head_dim=hf.get("head_dim") or d_model // n_heads,
+            rope=rope_from_hf(hf),
             qkv_bias=bias,
             out_bias=bias,
         ),
@@ -30,7 +31,6 @@ def config_from_hf(hf: dict) -> ModelConfig:
         n_layers=hf["num_hidden_layers"],
         max_positions=hf.get("max_position_embeddings", 2048),
         blocks=(block,),
-        positions=rope_from_hf(hf),
         final_norm=norm,
         tie_embeddings=hf.get("tie_word_embeddings", False),
         initializer_range=hf.get("initializer_range", 0.02),
@@ -57,7 +57,7 @@ def config_to_hf(config: ModelConfig) -> dict:
         "mlp_bias": ffn.bias,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
-        **rope_to_hf(config.positions),
+        **rope_to_hf(mixer.rope),
     }
 
 

@@ -1,0 +1,31 @@
+"""From hidden states to logits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llmctl.models import config, norm
+from llmctl.models.ffn import ACTIVATIONS
+
+
+class HeadTransform(nn.Module):
+    """norm(activation(dense(x))) in front of the vocabulary matrix."""
+
+    def __init__(self, spec: config.HeadTransform, d_model: int):
+        super().__init__()
+        self.dense = nn.Linear(d_model, d_model)
+        self.activation = ACTIVATIONS[spec.activation]
+        self.norm = norm.build(spec.norm, d_model)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.activation(self.dense(x_BTD)))
+
+
+def logits(
+    head: config.Head, x_BTD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
+) -> torch.Tensor:
+    """softcap(x @ weight.T + bias), [B, T, V]."""
+    logits_BTV = F.linear(x_BTD, weight_VD, bias_V)
+    return logits_BTV if head.softcap is None else head.softcap * torch.tanh(logits_BTV / head.softcap)
