@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("family_checks")
+
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("LLMCTL_DATA", ROOT.parent / "shared" / "data"))
 
