@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import tokenizers
 
+from llmctl import chat_template
 from llmctl.errors import UserError
-from llmctl.tokenization import bulk, decoding, files, special, training
+from llmctl.tokenization import bulk, decoding, edges, files, special, training
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,8 +23,9 @@ class Tokenizer:
 
     `json` is the file's text as it was read and `sha256` its digest; `config` names the special tokens in full, so
     that `Tokenizer.from_json(t.json, t.config)` equals `t`. `vocab_size` is the highest id plus one, added tokens
-    included. `bos_id`, `eos_id`, `pad_id` are None where the tokenizer has no such token; `adds_bos` says whether
-    `encode` puts BOS in front by itself. `document_edges` are the ids in front of and behind every document of
+    included. `bos_id`, `eos_id`, `unk_id`, `sep_id`, `pad_id`, `cls_id` and `mask_id` are None where the tokenizer has no
+    such token, and `special_ids` holds those and all other special ones. `adds_bos` says whether `encode` puts BOS in
+    front by itself. `document_edges` are the ids in front of and behind every document of
     `encode_documents`.
     """
 
@@ -32,31 +34,32 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises bare Exception for a file that it cannot read
             raise UserError(f"not a tokenizer.json that can be read: {error}") from error
+        config = config or {}
         # A length limit or padding saved with the file belongs to whoever saved it, not to the text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        json_text, config = edges.as_configured(self._tokenizer, json_text, config)
         self.json = json_text
         self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        front, back = special.template_ids(self._tokenizer)
-        self.config = special.named_in_full(config or {}, self._tokenizer, front)
-        self.bos_id, self.eos_id, self.pad_id = (
-            special.token_id(self.config, name, self._tokenizer) for name in ("bos_token", "eos_token", "pad_token")
-        )
+        front, back = edges.template_ids(self._tokenizer)
+        self.config = special.named_in_full(config, self._tokenizer, front, back)
+        ids = (special.token_id(self.config, role, self._tokenizer) for role in special.ROLES)
+        self.bos_id, self.eos_id, self.unk_id, self.sep_id, self.pad_id, self.cls_id, self.mask_id = ids
         self.adds_bos = self.bos_id is not None and front[:1] == [self.bos_id]
-        ends = self.eos_id is None or self.eos_id in back
-        self.document_edges = front, back if ends else [*back, self.eos_id]
-        self.chat_template = special.default_chat_template(self.config)
+        ends = bool(back) or self.eos_id is None
+        self.document_edges = front, back if ends else [self.eos_id]
         self._bulk_encoder = None
         self._pieces = decoding.pieces_for(self._tokenizer)
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a tokenizer.json, or a directory that holds one or GPT-2's vocab.json and merges.txt; "bytes" needs no file.
+        """Read a tokenizer.json, or make one from older files; `path` is a file or a directory, "bytes" needs no file.
 
-        Raises UserError for anything else, naming the format where it is known.
+        The older files are GPT-2's and RoBERTa's vocab.json with merges.txt, WordPiece's and ESM's vocab.txt,
+        SentencePiece's .model, and .tiktoken ranks. Raises UserError for anything else, and for what is broken.
         """
         if str(path) == "bytes":
             return cls.bytes()
@@ -95,6 +98,32 @@ class Tokenizer:
             self._bulk_encoder = bulk.encoder_for(self._tokenizer, *self.document_edges)
         return self._bulk_encoder.encode(texts, threads)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The template for chats without tools, None where the tokenizer has none."""
+        return chat_template.by_name(self.config.get("chat_template")).get("default")
+
+    def render_chat(
+        self, messages: Sequence[dict], add_generation_prompt: bool = False, template: str | None = None, **variables
+    ) -> chat_template.Rendered:
+        """The text of a chat; `template` is the name of one of several templates.
+
+        `variables` are `tools`, `documents` and whatever else the template asks for. Raises UserError where there is no
+        template, or it refuses the messages.
+        """
+        chosen = chat_template.choose(self.config.get("chat_template"), template, bool(variables.get("tools")))
+        tokens = {role: special.content(self.config[role]) for role in special.ROLES if self.config.get(role)}
+        return chat_template.render(
+            chosen, messages, add_generation_prompt=add_generation_prompt, **{**tokens, **variables}
+        )
+
+    def apply_chat_template(
+        self, messages: Sequence[dict], add_generation_prompt: bool = False, template: str | None = None, **variables
+    ) -> list[int]:
+        """Ids of a chat, as `render_chat` has its text, in which the template itself writes BOS and EOS."""
+        text = self.render_chat(messages, add_generation_prompt, template, **variables).text
+        return self.encode(text, add_special_tokens=False)
+
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; incomplete UTF-8 becomes U+FFFD, and ids beyond the vocabulary become nothing."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
@@ -108,9 +137,7 @@ class Tokenizer:
         """
         if self._pieces is None:
             return decoding.WindowStreamDecoder(self._tokenizer, after, skip_special_tokens)
-        return decoding.ByteStreamDecoder(
-            self._pieces, after, self._special_ids if skip_special_tokens else frozenset()
-        )
+        return decoding.ByteStreamDecoder(self._pieces, after, self.special_ids if skip_special_tokens else frozenset())
 
     def token_bytes(self, token: int) -> bytes:
         """The UTF-8 bytes, possibly a part of a character, that a token stands for inside a text; none beyond the vocabulary."""

@@ -6,6 +6,12 @@ from llmctl.ops import bpe
 from llmctl.tokenization import decoding, training
 
 CL100K_PATTERN = training.SPLIT_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+O200K_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Split patterns as tokenizer.json files spell them.
 SPLITS = {training.SPLIT_PATTERN: bpe.SPLIT_QWEN2, CL100K_PATTERN: bpe.SPLIT_CL100K}
 

@@ -1,4 +1,4 @@
-"""Byte-level BPE tokenizers of our own: learnt from text, from GPT-2's two files, or with no merges at all."""
+"""Byte-level BPE tokenizers of our own: learnt from text, or with no merges at all."""
 
 from __future__ import annotations
 
@@ -53,17 +53,6 @@ def plain_bytes() -> str:
     vocab = {character: byte for byte, character in byte_characters().items()}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return _finished(tokenizer)
-
-
-def gpt2_json(vocab: dict[str, int], merges: list[list[str]]) -> str:
-    """tokenizer.json of GPT-2's vocab.json and merges.txt."""
-    try:
-        model = models.BPE(vocab=vocab, merges=[tuple(merge) for merge in merges])
-    except Exception as error:  # the library raises bare Exception for a merge of tokens that it lacks
-        raise UserError(f"merges.txt does not fit vocab.json: {error}") from error
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return _finished(tokenizer)
 
 
