@@ -145,7 +145,8 @@ def test_a_resume_opens_no_pickle(pairs, tmp_path):
     )  # fmt: skip
     output = pairs / "muon2"
     (output / "llmctl.json").unlink()
-    result = run_on_two(pairs, "--resume", "-o", output, env={"PYTHONPATH": str(tmp_path)})
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = run_on_two(pairs, "--resume", "-o", output, env={"PYTHONPATH": paths})
     assert "going on from step 12" in result.stderr
     assert (output / "llmctl.json").exists()
 

@@ -15,7 +15,8 @@ from llmctl.models.initialization import new_model
 from llmctl.models.shapes import for_parameters
 from llmctl.train import loss as loss_module
 from llmctl.train import optim
-from llmctl.train.loop import Objective, Trainer
+from llmctl.train.loop import Trainer
+from llmctl.train.objectives import NextToken
 from llmctl.train.schedule import Schedule
 
 VOCAB = 96
@@ -153,7 +154,7 @@ def batches_of(n_rows, seed=0):
 def trainer_for(model, optimizer="adamw", **settings):
     optimizers = optim.build(model, optimizer, 0.003, 0.1, (0.9, 0.95), 0.003)
     schedule = Schedule("wsd", warmup_steps=0, decay=0.5, floor=0.0)
-    objective = Objective(model, z_loss=settings.pop("z_loss", 1e-3))
+    objective = NextToken(model, z_loss=settings.pop("z_loss", 1e-3))
     return Trainer(objective, optimizers, schedule, torch.device("cpu"), torch.float32, total_steps=100, **settings)
 
 

@@ -13,7 +13,7 @@ from llmctl.data.packing import IGNORE, PackedRows, permuted
 from llmctl.errors import UserError
 from llmctl.models.initialization import new_model
 from llmctl.models.shapes import for_parameters
-from llmctl.train.loop import Objective
+from llmctl.train.objectives import NextToken
 
 EOS, BOS, VOCAB = 0, 1, 64
 
@@ -198,7 +198,7 @@ def tiny_model():
 
 
 def loss_and_gradients(model, rows):
-    objective = Objective(model, z_loss=0.0).train()
+    objective = NextToken(model, z_loss=0.0).train()
     model.zero_grad()
     total = 0.0
     for arrays in rows:

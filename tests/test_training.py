@@ -17,11 +17,11 @@ from llmctl.models import shapes
 from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import parameter_count
 from llmctl.models.loading import load_model
+from llmctl.pretrain.settings import PretrainSettings
+from llmctl.pretrain.task import pretraining
 from llmctl.tokenizer import Tokenizer
 from llmctl.train.events import Finished, Planned, Saved, Started, Trained, Validated
 from llmctl.train.loop import Trainer
-from llmctl.train.pretrain import pretraining
-from llmctl.train.settings import PretrainSettings
 
 STEPS = 12
 TINY = {
@@ -361,6 +361,16 @@ def test_an_output_that_exists_is_kept_until_the_new_run_can_start(tmp_path, tok
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_that_overwrites_takes_nothing_from_what_was_there(tmp_path, tokens):
+    parent, output, fresh = tmp_path / "parent", tmp_path / "out", tmp_path / "fresh"
+    run(parent, tokens, seed=1)
+    for changes in ({}, {"params": None, "init_from": str(parent)}):
+        run(output, tokens, steps=5, overwrite=True)
+        run(output, tokens, **changes, steps=3, overwrite=True)
+        run(fresh, tokens, **changes, steps=3, overwrite=True)
+        assert sha256(output) == sha256(fresh)
+
+
 def test_one_process_trains_in_an_output(tmp_path, tokens):
     output = tmp_path / "out"
 
@@ -449,7 +459,7 @@ def test_dropout_reaches_every_layer_of_a_continued_model(tmp_path, tokens):
     settings = PretrainSettings(**TINY | {"params": None, "init_from": str(parent), "dropout": 0.3, "dry_run": True})
     with pretraining(settings, [str(tokens)], tmp_path / "child") as prepared:
         prepared.dry_run()
-        model = prepared.trainer.objective.model
+        model = prepared.stepping.trainer.objective.model
     assert {block.dropout for block in model.layers} == {block.mixer.dropout for block in model.layers} == {0.3}
 
 

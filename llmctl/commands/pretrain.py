@@ -7,7 +7,7 @@ import time
 import click
 
 from llmctl import options
-from llmctl.train.settings import PretrainSettings
+from llmctl.pretrain.settings import PretrainSettings
 
 EXAMPLES = """
 cat corpus.txt | llmctl tokenize --val-fraction 0.1 | llmctl pretrain --time 10m -o runs/base
@@ -32,8 +32,8 @@ def command(tokens_files, output, settings):
     import dataclasses
 
     from llmctl import ui
+    from llmctl.pretrain.task import pretraining
     from llmctl.reports import Reports, dry_run_rows
-    from llmctl.train.pretrain import pretraining
 
     began = time.monotonic()
     given = frozenset(field.name for field in dataclasses.fields(settings) if options.given(field.name))

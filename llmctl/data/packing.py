@@ -6,9 +6,10 @@ is predicted too. Where the tokenizer writes a beginning-of-document token, that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from llmctl.data.corpus import TokenView
 from llmctl.errors import UserError
@@ -28,6 +29,17 @@ class Batch:
     @property
     def n_targets(self) -> int:
         return int((self.targets != IGNORE).sum())
+
+    def tensors(self, device: torch.device) -> tuple[torch.Tensor | None, ...]:
+        """Inputs, targets and documents on a device."""
+        arrays = (self.inputs, self.targets, self.documents)
+        return tuple(
+            None if array is None else torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
+        )
+
+    def without_targets(self) -> Batch:
+        """The same inputs, of which nothing is learned or scored."""
+        return replace(self, targets=np.full_like(self.targets, IGNORE))
 
 
 class PackedRows:
@@ -51,6 +63,15 @@ class PackedRows:
         self._borders = view.starts[1:] - (1 if self.closes_with_eos else 0)
         self.rows_per_epoch = max(1, (view.n_tokens - seq_len) // seq_len)
         self._slack = min(seq_len - 1, view.n_tokens - 1 - self.rows_per_epoch * seq_len)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.view.n_tokens
+
+    @property
+    def n_bytes(self) -> int | None:
+        """Of the text behind all tokens."""
+        return self.view.n_bytes
 
     def train_batch(self, first_row: int, n_rows: int) -> Batch:
         """Rows `first_row` … of the endless shuffled sequence of epochs."""

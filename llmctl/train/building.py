@@ -1,46 +1,31 @@
-"""From a plan to a trainer: weights, sharding, compilation, optimizers."""
+"""From an objective to a trainer: memory, sharding, compilation, optimizers."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 
 import torch
+from torch import nn
 
 from llmctl.errors import UserError
-from llmctl.models import families
-from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import ModelConfig, parameter_count
-from llmctl.models.initialization import new_model
 from llmctl.quantities import format_count, format_size
-from llmctl.train import distributed, hardware, optim, state
-from llmctl.train.loop import Objective, Trainer
-from llmctl.train.planning import Plan
+from llmctl.train import distributed, hardware, optim
+from llmctl.train.loop import Trainer
+from llmctl.train.plan import Plan
 from llmctl.train.schedule import Schedule
-from llmctl.train.settings import PretrainSettings
+from llmctl.train.settings import RunSettings
 
 log = logging.getLogger("llmctl")
 
 
-def model_config(plan: Plan, settings: PretrainSettings) -> ModelConfig:
-    config = families.find(plan.hf_config["model_type"]).config_from_hf(plan.hf_config)
-    return dataclasses.replace(config, dropout=settings.dropout)
-
-
-def build_trainer(
-    plan: Plan, settings: PretrainSettings, config: ModelConfig, device: torch.device, parent: str | None
-) -> Trainer:
-    """A trainer at step 0, with fresh weights or the `parent` checkpoint's. The plan learns whether it is compiled."""
-    _check_memory(config, settings.optimizer, device)
-    model = new_model(config, settings.seed)
-    if parent:
-        state.load_weights(model, parent)
-    model.to(device)
+def build_trainer(objective: nn.Module, plan: Plan, settings: RunSettings, device: torch.device) -> Trainer:
+    """A trainer at step 0 of this process's share of the objective. The plan learns whether it is compiled."""
+    model = objective.model.to(device)
     model.activation_checkpointing = settings.activation_checkpointing
-    objective = Objective(model, settings.z_loss)
     distributed.shard(objective, device)
     if plan.compile:
-        plan.compile = _compile_blocks(model)
+        plan.compile = _compile_blocks(model, device)
     betas = (settings.beta1, settings.beta2)
     rates = (plan.learning_rate, plan.embedding_learning_rate)
     return Trainer(
@@ -62,7 +47,7 @@ def describe(config: ModelConfig) -> str:
     )
 
 
-def _check_memory(config: ModelConfig, optimizer: str, device: torch.device) -> None:
+def check_memory(config: ModelConfig, optimizer: str, device: torch.device) -> None:
     """Refuse a model that cannot fit, before the system kills this process or another for it."""
     n = parameter_count(config)
     # float32 weights, gradients, and one (Muon) or two (AdamW) moments
@@ -76,10 +61,10 @@ def _check_memory(config: ModelConfig, optimizer: str, device: torch.device) -> 
         )
 
 
-def _compile_blocks(model: CausalLM) -> bool:
+def _compile_blocks(model: nn.Module, device: torch.device) -> bool:
     """torch.compile every block (they share one compilation); False, with a notice, where no compiler works."""
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=model.head_weight.device))
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(2, device=device))
     except Exception as error:  # noqa: BLE001 - inductor fails in many ways, and eager is always right
         log.warning("torch.compile does not work here (%s); training goes on without it", str(error).splitlines()[0])
         return False

@@ -11,15 +11,16 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from llmctl.data.packing import IGNORE, Batch
 from llmctl.errors import UserError
+
+if TYPE_CHECKING:
+    from llmctl.train.feed import Batch
 
 T = TypeVar("T")
 
@@ -157,4 +158,4 @@ def pad_to_ranks(batches: Iterable[Batch]) -> Iterator[Batch]:
         count += 1
         yield last
     for _ in range(-count % world_size()):
-        yield Batch(last.inputs, np.full_like(last.targets, IGNORE), last.documents)
+        yield last.without_targets()

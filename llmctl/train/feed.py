@@ -1,57 +1,50 @@
-"""What a run reads: opening its token streams once and again, and the rows that each step trains on."""
+"""The rows that each step trains on, shared among the processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 
-from llmctl.data.corpus import Corpus
-from llmctl.data.packing import Batch, PackedRows
-from llmctl.errors import CalledWrongly, UserError
+from llmctl.errors import CalledWrongly
 from llmctl.train import distributed
-from llmctl.train.planning import Plan
-from llmctl.train.settings import PretrainSettings
-
-PIPE = "-"
+from llmctl.train.plan import Plan
 
 
-def open_corpus(paths: Sequence[str], spool: Path | None, use_spooled: bool, tokenizer_sha256: str | None) -> Corpus:
-    """Open token streams; standard input is read once, by rank 0, into the file `spool`.
+class Batch(Protocol):
+    """Rows as the objective takes them."""
 
-    With `use_spooled` a complete `spool` stands for standard input; without a `spool` nothing stays on disk.
-    """
-    if not paths:
-        raise CalledWrongly("no token stream to train on", hint="llmctl tokenize FILE | llmctl pretrain")
-    if PIPE in paths and spool is None and distributed.world_size() > 1:
-        raise CalledWrongly("several processes cannot share standard input in a dry run", "give the tokens as a file")
-    if PIPE in paths and spool is not None:
-        if not (use_spooled and distributed.on_first(spool.exists)):
-            distributed.on_first(_spool_pipe, spool, tokenizer_sha256)
-        paths = [str(spool) if path == PIPE else path for path in paths]
-    corpus = Corpus.open(paths, tokenizer_sha256=tokenizer_sha256)
-    if corpus.split("train") is None:
-        raise UserError("the token stream holds no training tokens", hint="is its text empty, or --val-fraction 1?")
-    return corpus
+    @property
+    def n_targets(self) -> int:
+        """How many tokens (or labels, or pairs) its loss is a sum over."""
+
+    def tensors(self, device: torch.device) -> tuple[torch.Tensor | None, ...]:
+        """The arguments of the objective."""
+
+    def without_targets(self) -> Batch:
+        """The same shapes, with a loss of nothing: for a rank that has no row left while others have."""
 
 
-def _spool_pipe(spool: Path, tokenizer_sha256: str | None) -> None:
-    Corpus.open([PIPE], spool_to=spool, tokenizer_sha256=tokenizer_sha256)
+class Rows(Protocol):
+    """One split, cut into rows; row n is the same in every process, on every world size and after every resume."""
+
+    rows_per_epoch: int
+    n_tokens: int
+    n_bytes: int | None
+
+    def train_batch(self, first_row: int, n_rows: int) -> Batch:
+        """Rows `first_row` … of the endless shuffled sequence of epochs."""
+
+    def validation_batches(self, n_rows: int) -> Iterator[Batch]:
+        """All rows once, in order."""
 
 
 class Feed:
     """This process's share of every step's rows, cut into micro batches, and the rows held out."""
 
-    def __init__(self, corpus: Corpus, plan: Plan, settings: PretrainSettings):
-        how = {"seed": settings.seed, "isolate_documents": settings.isolate_documents}
-        self.train_view, self.val_view = corpus.split("train"), corpus.split("val")
-        self._rows = PackedRows(self.train_view, plan.seq_len, corpus.tokenizer, **how)
-        self.rows_per_epoch = self._rows.rows_per_epoch
-        self._val_rows = None
-        if self.val_view is not None and self.val_view.n_tokens > 2:
-            val_len = min(plan.seq_len, self.val_view.n_tokens - 1)
-            self._val_rows = PackedRows(self.val_view, val_len, corpus.tokenizer, **how)
+    def __init__(self, train: Rows, val: Rows | None, plan: Plan):
+        self.train, self.val = train, val
         self._batch_size = plan.batch_size
         self._rows_per_rank, left_over = divmod(plan.batch_size, distributed.world_size())
         if left_over:
@@ -64,15 +57,15 @@ class Feed:
         """This rank's micro batches of a step, and the number of targets of all ranks together (at least 1)."""
         first = step * self._batch_size + distributed.rank() * self._rows_per_rank
         batches = [
-            self._rows.train_batch(first + at, min(self._at_once, self._rows_per_rank - at))
+            self.train.train_batch(first + at, min(self._at_once, self._rows_per_rank - at))
             for at in range(0, self._rows_per_rank, self._at_once)
         ]
         n_targets = torch.tensor(sum(batch.n_targets for batch in batches))
         return batches, max(1, int(distributed.sum_over_ranks(n_targets)))
 
     @property
-    def has_validation(self) -> bool:
-        return self._val_rows is not None
+    def n_val_tokens(self) -> int:
+        return self.val.n_tokens if self.val else 0
 
     def validation_batches(self) -> Iterator[Batch]:
-        return self._val_rows.validation_batches(self._at_once)
+        return self.val.validation_batches(self._at_once)

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from llmctl.data.packing import Batch
 from llmctl.errors import UserError
-from llmctl.models.causal_lm import CausalLM
 from llmctl.train import distributed
+from llmctl.train.feed import Batch
 from llmctl.train.hardware import autocast
-from llmctl.train.loss import cross_entropy, token_losses
 from llmctl.train.schedule import Schedule
 
 
@@ -27,28 +25,11 @@ class StepResult:
     learning_rate: float
 
 
-class Objective(nn.Module):
-    """The summed next-token loss of a batch; a module, so that sharding gathers head and embedding around it."""
-
-    def __init__(self, model: CausalLM, z_loss: float):
-        super().__init__()
-        self.model, self.z_loss = model, z_loss
-
-    def forward(self, inputs_BT, targets_BT, documents_BT=None) -> torch.Tensor:
-        """Sum of nats over all targets in training mode; [B * T] nats of each, without gradient, in eval mode."""
-        model, targets_N = self.model, targets_BT.flatten()
-        hidden_ND = model.head_input(model.hidden(inputs_BT, documents_BT=documents_BT)).flatten(0, 1)
-        head = {"bias_V": model.head_bias, "softcap": model.config.head.softcap}
-        if self.training:
-            return cross_entropy(hidden_ND, model.head_weight, targets_N, self.z_loss, **head)
-        return token_losses(hidden_ND, model.head_weight, targets_N, **head)
-
-
 @dataclass
 class Trainer:
-    """Weights, optimizers and the step they are at. It neither prints nor saves."""
+    """Weights, optimizers and the step they are at. It neither prints nor saves. `objective` as in `train.objectives`."""
 
-    objective: Objective
+    objective: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     schedule: Schedule
     device: torch.device
@@ -73,11 +54,11 @@ class Trainer:
         self._set_learning_rate()
         total = torch.zeros((), device=self.device)
         for number, batch in enumerate(micro_batches):
-            if self.objective.model.config.dropout:
-                torch.manual_seed(hash((self.seed, self.step_number, number, distributed.rank())))
+            # of dropout and other noise
+            torch.manual_seed(hash((self.seed, self.step_number, number, distributed.rank())))
             distributed.sync_gradients(self.objective, number == len(micro_batches) - 1)
             with autocast(self.device, self.dtype):
-                loss = self.objective(*_tensors(batch, self.device)) / n_targets
+                loss = self.objective(*batch.tensors(self.device)) / n_targets
             # sharding averages gradients over the processes; the loss is already divided by everybody's targets
             (loss * distributed.world_size()).backward()
             total += loss.detach()
@@ -104,7 +85,7 @@ class Trainer:
         for number, batch in enumerate(distributed.pad_to_ranks(batches)):
             if number % distributed.world_size() == distributed.rank():
                 with autocast(self.device, self.dtype):
-                    losses_N = self.objective(*_tensors(batch, self.device))
+                    losses_N = self.objective(*batch.tensors(self.device))
                 totals += torch.stack([losses_N.double().sum(), torch.tensor(batch.n_targets, device=self.device)])
         nats, count = distributed.sum_over_ranks(totals).tolist()
         return nats, round(count)
@@ -121,8 +102,3 @@ class Trainer:
         if self.clip:
             nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-def _tensors(batch: Batch, device: torch.device) -> list[torch.Tensor | None]:
-    arrays = (batch.inputs, batch.targets, batch.documents)
-    return [None if array is None else torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]

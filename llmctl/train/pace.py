@@ -1,8 +1,7 @@
-"""Steps and seconds: when something is due, how fast the run goes, and how many steps fit into a time."""
+"""Steps and seconds: when something is due, and how fast the run goes."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import astuple
@@ -10,12 +9,6 @@ from dataclasses import astuple
 from llmctl.train import distributed
 from llmctl.train.events import Trained
 from llmctl.train.loop import StepResult
-
-SECONDS_TO_FINISH = 1.5
-"""Of a time budget, kept back for the last save and the exit."""
-
-VALIDATION_SHARE = 0.05
-"""Of the run's time, what the validations during it may take. A forward pass costs a third of a step per token."""
 
 
 class Interval:
@@ -73,27 +66,3 @@ class Meter:
         )
         self._results, self._durations = [], []
         return trained
-
-
-def seconds_per_step(durations: Sequence[float], budget: float) -> float | None:
-    """The steps' usual length once enough were seen: the first is left out, which is slower than those that follow."""
-    measured = sorted(durations[1:])
-    enough = len(measured) >= 5 and sum(measured) >= min(2.0, 0.05 * budget)
-    if not enough and not (measured and sum(durations) >= 0.1 * budget):
-        return None
-    return measured[len(measured) // 2]
-
-
-def steps_in(seconds: float, per_step: float, tokens_per_step: int, n_val_tokens: int) -> int:
-    """Steps, at least 1, that fit into the rest of a time budget beside the validations and the end."""
-    left = seconds - SECONDS_TO_FINISH
-    if n_val_tokens:
-        left -= per_step * n_val_tokens / tokens_per_step / 3
-        left /= 1 + VALIDATION_SHARE
-    return max(1, int(left / per_step))
-
-
-def validation_interval(total_steps: int, tokens_per_step: int, n_val_tokens: int) -> int:
-    """Steps between ten validations a run, or fewer where those would cost more than their share."""
-    affordable = VALIDATION_SHARE * 3 * total_steps * tokens_per_step / n_val_tokens
-    return math.ceil(total_steps / max(1, min(10, int(affordable))))

@@ -1,12 +1,11 @@
-"""Everything that `llmctl pretrain` can be told, with its defaults; each field is a flag and a recipe key. No torch here."""
+"""What every kind of training can be told, with its defaults; each field is a flag and a recipe key. No torch here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-SHAPE, LENGTH, OPTIMIZER, REGULARIZATION, SPEED, SAVING, REPORTING = (
-    "Model shape",
+LENGTH, OPTIMIZER, REGULARIZATION, SPEED, SAVING, REPORTING = (
     "Length of training",
     "Optimizer",
     "Regularization",
@@ -16,31 +15,18 @@ SHAPE, LENGTH, OPTIMIZER, REGULARIZATION, SPEED, SAVING, REPORTING = (
 )
 
 
-def _flag(default, help: str, group: str, **metadata):
+def flag(default, help: str, group: str, **metadata):
     return field(default=default, metadata={"help": help, "group": group, **metadata})
 
 
 @dataclass(frozen=True)
-class PretrainSettings:
-    params: int | None = _flag(
-        None,
-        "About how many parameters, embeddings included; by default as many as the corpus can teach.",
-        SHAPE,
-        type="count",
-        metavar="10M",
-    )
-    preset: str | None = _flag(None, "A known shape.", SHAPE, type=("gpt2", "gpt2-medium", "tinyllama", "llama-160m"))
-    model_config: str | None = _flag(None, "Take the shape from a Hugging Face config.json.", SHAPE, type="path")
-    init_from: str | None = _flag(None, "Go on training this checkpoint's weights.", SHAPE, type="path")
-    family: Literal["llama", "gpt2"] = _flag("llama", "Kind of model for --params.", SHAPE)
-    seq_len: int | None = _flag(
-        None, "Tokens per sequence; by default 256, or the model's context when that is shorter.", SHAPE, at_least=2
-    )
+class RunSettings:
+    """Length, speed, optimizer, saves and reports of a run; a command adds what is its own."""
 
-    steps: int | None = _flag(None, "Optimizer steps.", LENGTH, type="count", at_least=1)
-    tokens: int | None = _flag(None, "Tokens to train on.", LENGTH, type="count", at_least=1, metavar="1B")
-    epochs: float | None = _flag(None, "Passes over the corpus.", LENGTH, above=0)
-    time: float | None = _flag(
+    steps: int | None = flag(None, "Optimizer steps.", LENGTH, type="count", at_least=1)
+    tokens: int | None = flag(None, "Tokens to train on.", LENGTH, type="count", at_least=1, metavar="1B")
+    epochs: float | None = flag(None, "Passes over the corpus.", LENGTH, above=0)
+    time: float | None = flag(
         None,
         "Wall time of the whole command at most, turned into steps once, at the start, and no more than 4 epochs or 200 "
         "steps of them; 10m when no length is given.",
@@ -50,64 +36,54 @@ class PretrainSettings:
         metavar="10m",
     )
 
-    batch_size: int | None = _flag(
+    batch_size: int | None = flag(
         None, "Sequences per step; by default 4096 tokens' worth on a CPU and 131072 on a GPU.", SPEED, at_least=1
     )
-    micro_batch_size: int | None = _flag(
+    micro_batch_size: int | None = flag(
         None, "Sequences per forward pass; gradients add up to --batch-size.", SPEED, at_least=1
     )
-    precision: Literal["auto", "bf16", "fp32"] = _flag(
+    precision: Literal["auto", "bf16", "fp32"] = flag(
         "auto", "Of matrix products; auto is bf16 where the hardware has it. Weights stay float32.", SPEED
     )
-    compile: Literal["auto", "on", "off"] = _flag(
+    compile: Literal["auto", "on", "off"] = flag(
         "auto", "torch.compile the blocks; auto does on a GPU, and on a CPU in runs of half an hour or more.", SPEED
     )
-    activation_checkpointing: bool = _flag(False, "Recompute activations in the backward pass to save memory.", SPEED)
-    isolate_documents: bool = _flag(True, "Tokens attend to their own document only when several share a row.", SPEED)
-    device: str | None = _flag(None, "cpu, cuda, cuda:1; by default a GPU where there is one.", SPEED)
-    threads: int | None = _flag(None, "CPU threads; by default torch's choice.", SPEED, at_least=1)
+    activation_checkpointing: bool = flag(False, "Recompute activations in the backward pass to save memory.", SPEED)
+    device: str | None = flag(None, "cpu, cuda, cuda:1; by default a GPU where there is one.", SPEED)
+    threads: int | None = flag(None, "CPU threads; by default torch's choice.", SPEED, at_least=1)
 
-    optimizer: Literal["muon", "adamw"] = _flag("muon", "muon is for the matrices, with AdamW for the rest.", OPTIMIZER)
-    learning_rate: float | None = _flag(
-        None,
-        "Peak rate; by default 0.02 (muon) or 0.003 (adamw) at width 128, less for wider models.",
-        OPTIMIZER,
-        flags=["--lr"],
-        above=0,
+    optimizer: Literal["muon", "adamw"] = flag("muon", "muon is for the matrices, with AdamW for the rest.", OPTIMIZER)
+    learning_rate: float | None = flag(None, "Peak rate.", OPTIMIZER, flags=["--lr"], above=0)
+    embedding_learning_rate: float | None = flag(
+        None, "Peak rate of embeddings and head; by default --learning-rate.", OPTIMIZER, above=0
     )
-    embedding_learning_rate: float | None = _flag(
-        None,
-        "Peak rate of embeddings and head; by default --learning-rate, or half of muon's own default.",
-        OPTIMIZER,
-        above=0,
-    )
-    schedule: Literal["cosine", "linear", "wsd"] = _flag(
+    schedule: Literal["cosine", "linear", "wsd"] = flag(
         "wsd", "How the rate falls after the warm-up; wsd holds it, then falls over the last --decay part.", OPTIMIZER
     )
-    warmup_steps: int = _flag(10, "Steps to reach the peak rate.", OPTIMIZER, at_least=0)
-    decay: float = _flag(0.5, "Last part of a wsd run in which the rate falls.", OPTIMIZER, at_least=0, at_most=1)
-    min_lr: float = _flag(0.0, "Final rate, as a share of the peak.", OPTIMIZER, at_least=0, at_most=1)
-    beta1: float = _flag(0.9, "AdamW's first moment.", OPTIMIZER, at_least=0, at_most=1)
-    beta2: float = _flag(0.95, "AdamW's second moment.", OPTIMIZER, at_least=0, at_most=1)
-    clip: float = _flag(1.0, "Largest norm of the gradient; 0 does not clip.", OPTIMIZER, at_least=0)
+    warmup_steps: int = flag(10, "Steps to reach the peak rate.", OPTIMIZER, at_least=0)
+    decay: float = flag(0.5, "Last part of a wsd run in which the rate falls.", OPTIMIZER, at_least=0, at_most=1)
+    min_lr: float = flag(0.0, "Final rate, as a share of the peak.", OPTIMIZER, at_least=0, at_most=1)
+    beta1: float = flag(0.9, "AdamW's first moment.", OPTIMIZER, at_least=0, at_most=1)
+    beta2: float = flag(0.95, "AdamW's second moment.", OPTIMIZER, at_least=0, at_most=1)
+    clip: float = flag(1.0, "Largest norm of the gradient; 0 does not clip.", OPTIMIZER, at_least=0)
 
-    weight_decay: float = _flag(0.1, "Of the matrices inside the blocks.", REGULARIZATION, at_least=0)
-    dropout: float = _flag(0.0, "Of embeddings, attention and residuals.", REGULARIZATION, at_least=0, at_most=1)
-    z_loss: float = _flag(0.0, "Weight of log(Z)^2, which keeps logits small.", REGULARIZATION, at_least=0)
+    weight_decay: float = flag(0.1, "Of the matrices inside the blocks.", REGULARIZATION, at_least=0)
+    dropout: float = flag(0.0, "Of embeddings, attention and residuals.", REGULARIZATION, at_least=0, at_most=1)
+    z_loss: float = flag(0.0, "Weight of log(Z)^2, which keeps logits small.", REGULARIZATION, at_least=0)
 
-    save_every: float | int | None = _flag(
+    save_every: float | int | None = flag(
         600.0, "Steps (500) or time (10m) between saves.", SAVING, type="interval", show_default="10m"
     )
-    keep: int = _flag(1, "How many of the latest saves to keep for --resume.", SAVING, at_least=1)
-    resume: bool = _flag(False, "Go on from the last save in the output; starts when there is none.", SAVING)
-    overwrite: bool = _flag(False, "Replace an output that exists.", SAVING)
+    keep: int = flag(1, "How many of the latest saves to keep for --resume.", SAVING, at_least=1)
+    resume: bool = flag(False, "Go on from the last save in the output; starts when there is none.", SAVING)
+    overwrite: bool = flag(False, "Replace an output that exists.", SAVING)
 
-    validate_every: float | int | None = _flag(
+    validate_every: float | int | None = flag(
         None, "Steps or time between validations; by default a tenth of the run.", REPORTING, type="interval"
     )
-    log_every: float | int = _flag(
+    log_every: float | int = flag(
         5.0, "Steps or time between lines of the report.", REPORTING, type="interval", show_default="5s"
     )
-    log: tuple[str, ...] = _flag((), "Also log to this; may be repeated.", REPORTING, type=("tensorboard", "wandb"))
-    dry_run: bool = _flag(False, "Print size, memory, disk and time from one real step, and stop.", REPORTING)
-    seed: int = _flag(0, "Of initialization, data order and dropout.", REPORTING)
+    log: tuple[str, ...] = flag((), "Also log to this; may be repeated.", REPORTING, type=("tensorboard", "wandb"))
+    dry_run: bool = flag(False, "Print size, memory, disk and time from one real step, and stop.", REPORTING)
+    seed: int = flag(0, "Of initialization, data order and dropout.", REPORTING)

@@ -26,7 +26,8 @@ def ours(args):
     from llmctl.models.initialization import new_model
     from llmctl.models.shapes import preset
     from llmctl.train import hardware, optim
-    from llmctl.train.loop import Objective, Trainer
+    from llmctl.train.loop import Trainer
+    from llmctl.train.objectives import NextToken
     from llmctl.train.schedule import Schedule
 
     hardware.keep_freed_memory()
@@ -35,7 +36,7 @@ def ours(args):
         for block in model.layers:
             block.compile()
     trainer = Trainer(
-        objective=Objective(model, 0.0),
+        objective=NextToken(model, 0.0),
         optimizers=optim.build(model, args.optimizer, 6e-4, 0.1, (0.9, 0.95), 6e-4),
         schedule=Schedule("cosine", 10, 0.1, 0.1),
         device=torch.device("cpu"),

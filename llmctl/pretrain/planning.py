@@ -1,10 +1,9 @@
-"""Decides, once per run, everything that a flag left open; the result is recorded and a resumed run follows it."""
+"""Everything that a flag of `llmctl pretrain` left open, decided from the data and the machine."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, replace
 
 import torch
 
@@ -14,50 +13,12 @@ from llmctl.files import read_json
 from llmctl.models import families, shapes
 from llmctl.models.config import ModelConfig
 from llmctl.models.loading import read_config
-from llmctl.train import hardware
-from llmctl.train.settings import PretrainSettings
+from llmctl.pretrain.settings import PretrainSettings
+from llmctl.train import hardware, plan
+from llmctl.train.plan import Plan
 
-DEFAULT_SECONDS = 600.0
-TIMED_EPOCHS, TIMED_STEPS = 4, 200
-"""A time budget ends no later than after so many passes over the corpus, or so many steps where a pass is short: beyond
-four passes repeated data is worth little (arXiv:2305.16264), and a small model soon learns it by heart."""
 COMPILE_PAYS_AFTER = 1800.0
 """On a CPU, compiling takes about a minute on two cores; what it gains is a share of the run."""
-
-_FREE_TO_CHANGE = {"save_every", "keep", "log_every", "log", "validate_every", "resume", "dry_run", "threads"}
-"""Flags that may differ when a run goes on, because they do not touch what it computes."""
-
-
-@dataclass
-class Plan:
-    """The resolved run; `hf_config` is the model's config.json, `total_steps` None until a time budget is turned into steps."""
-
-    settings: dict[str, Any]
-    inputs: list[str]
-    data_sha256: str
-    tokenizer_sha256: str
-    hf_config: dict[str, Any]
-    seq_len: int
-    batch_size: int
-    micro_batch_size: int | None
-    precision: str
-    compile: bool
-    learning_rate: float
-    embedding_learning_rate: float
-    threads: int
-    parent_sha256: str | None = None
-    rows_per_epoch: int = 1
-    total_steps: int | None = None
-    length_fixed_at: int = 0
-    """The step from which on the schedule knows `total_steps`: a time budget is turned into steps after a few of them."""
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch_size * self.seq_len
-
-    @property
-    def epochs(self) -> float:
-        return (self.total_steps or 0) * self.batch_size / self.rows_per_epoch
 
 
 def make_plan(settings: PretrainSettings, inputs: list[str], corpus, device: torch.device) -> Plan:
@@ -90,60 +51,13 @@ def make_plan(settings: PretrainSettings, inputs: list[str], corpus, device: tor
 
 def refuse_contradictions(settings: PretrainSettings) -> None:
     """Raise CalledWrongly for flags that exclude each other, before anything is read."""
-    for names, purpose in (
-        (("steps", "tokens", "epochs", "time"), "say how long to train"),
-        (("params", "preset", "model_config", "init_from"), "give the model's shape"),
-        (("resume", "overwrite"), "say what becomes of the output"),
-    ):
-        given = [f"--{name.replace('_', '-')}" for name in names if getattr(settings, name)]
-        if len(given) > 1:
-            raise CalledWrongly(f"{given[0]} and {given[1]} both {purpose}", "give one of them")
+    plan.refuse_contradictions(settings, (("params", "preset", "model_config", "init_from"), "give the model's shape"))
     for name in ("preset", "model_config", "init_from"):
         if getattr(settings, name) and settings.family != PretrainSettings.family:
             flag = f"--{name.replace('_', '-')}"
             raise CalledWrongly(
                 f"--family {settings.family} and {flag} both give the kind of model", "give one of them"
             )
-
-
-def fixed_steps(settings: PretrainSettings, plan: Plan) -> int | None:
-    """Steps where a flag fixes them; None where time decides."""
-    if settings.steps is not None:
-        return settings.steps
-    if settings.tokens is not None:
-        return max(1, round(settings.tokens / plan.tokens_per_step))
-    if settings.epochs is not None:
-        return max(1, round(settings.epochs * plan.rows_per_epoch / plan.batch_size))
-    return None
-
-
-def resumed_settings(settings: PretrainSettings, plan: Plan, given: frozenset[str]) -> PretrainSettings:
-    """The recorded settings. Raises CalledWrongly for a flag given now that would change what the run computes."""
-    known = {field.name for field in fields(PretrainSettings)}
-    recorded = {key: tuple(v) if isinstance(v, list) else v for key, v in plan.settings.items() if key in known}
-    for name in sorted(given & known - _FREE_TO_CHANGE):
-        if getattr(settings, name) != recorded[name]:
-            flag = "--" + name.replace("_", "-")
-            raise CalledWrongly(
-                f"{flag} {getattr(settings, name)}: the run to resume has {recorded[name]}",
-                hint="leave the flag out to go on, or start anew with --overwrite",
-            )
-    now = {name: getattr(settings, name) for name in given & _FREE_TO_CHANGE}
-    return replace(PretrainSettings(**recorded), **{**now, "resume": True, "overwrite": False})
-
-
-def refuse_other_data(plan: Plan, corpus, inputs: list[str]) -> None:
-    """Raise UserError where a run to go on with would read other tokens than it began with."""
-    if plan.data_sha256 != corpus.sha256:
-        raise UserError(
-            f"the run began with the tokens {plan.data_sha256[:12]}; {' '.join(inputs)} holds {corpus.sha256[:12]}",
-            hint="put the old file back, or start anew with --overwrite",
-        )
-
-
-def read_plan(content: dict[str, Any]) -> Plan:
-    known = {field.name for field in fields(Plan)}
-    return Plan(**{key: value for key, value in content.items() if key in known})
 
 
 def _model_config(settings: PretrainSettings, tokenizer, n_tokens: int, device: torch.device) -> ModelConfig:

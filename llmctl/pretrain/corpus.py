@@ -1,0 +1,48 @@
+"""The token streams that pretraining reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmctl.data.corpus import Corpus
+from llmctl.data.packing import PackedRows
+from llmctl.errors import CalledWrongly, UserError
+from llmctl.pretrain.settings import PretrainSettings
+from llmctl.train import distributed
+from llmctl.train.feed import Feed
+from llmctl.train.plan import Plan
+from llmctl.train.task import PIPE
+
+
+def open_corpus(paths: Sequence[str], spool: Path | None, use_spooled: bool, tokenizer_sha256: str | None) -> Corpus:
+    """Open token streams; standard input is read once, by rank 0, into the file `spool`.
+
+    With `use_spooled` a complete `spool` stands for standard input; without a `spool` nothing stays on disk.
+    """
+    if not paths:
+        raise CalledWrongly("no token stream to train on", hint="llmctl tokenize FILE | llmctl pretrain")
+    if PIPE in paths and spool is None and distributed.world_size() > 1:
+        raise CalledWrongly("several processes cannot share standard input in a dry run", "give the tokens as a file")
+    if PIPE in paths and spool is not None:
+        if not (use_spooled and distributed.on_first(spool.exists)):
+            distributed.on_first(_spool_pipe, spool, tokenizer_sha256)
+        paths = [str(spool) if path == PIPE else path for path in paths]
+    corpus = Corpus.open(paths, tokenizer_sha256=tokenizer_sha256)
+    if corpus.split("train") is None:
+        raise UserError("the token stream holds no training tokens", hint="is its text empty, or --val-fraction 1?")
+    return corpus
+
+
+def packed_feed(corpus: Corpus, plan: Plan, settings: PretrainSettings) -> Feed:
+    """Rows of `plan.seq_len` tokens of both splits."""
+    how = {"seed": settings.seed, "isolate_documents": settings.isolate_documents}
+    train = PackedRows(corpus.split("train"), plan.seq_len, corpus.tokenizer, **how)
+    view, val = corpus.split("val"), None
+    if view is not None and view.n_tokens > 2:
+        val = PackedRows(view, min(plan.seq_len, view.n_tokens - 1), corpus.tokenizer, **how)
+    return Feed(train, val, plan)
+
+
+def _spool_pipe(spool: Path, tokenizer_sha256: str | None) -> None:
+    Corpus.open([PIPE], spool_to=spool, tokenizer_sha256=tokenizer_sha256)

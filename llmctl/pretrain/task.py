@@ -1,0 +1,79 @@
+"""`llmctl pretrain`: a model, new or of a checkpoint, on token streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmctl.models import families
+from llmctl.models.initialization import new_model
+from llmctl.pretrain import planning
+from llmctl.pretrain.corpus import open_corpus, packed_feed
+from llmctl.pretrain.settings import PretrainSettings
+from llmctl.tokenizer import Tokenizer
+from llmctl.train import building, state
+from llmctl.train.objectives import NextToken
+from llmctl.train.run import Run, training
+from llmctl.train.task import Task
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from llmctl.train.feed import Feed
+    from llmctl.train.loop import Trainer
+    from llmctl.train.plan import Plan
+
+
+def pretraining(
+    settings: PretrainSettings,
+    inputs: Sequence[str],
+    output: str | os.PathLike,
+    given: frozenset[str] = frozenset(),
+    began: float | None = None,
+) -> AbstractContextManager[Run]:
+    """A pretraining run as `training` gives it."""
+    planning.refuse_contradictions(settings)
+    return training(Pretraining(settings), inputs, output, given, began)
+
+
+class Pretraining(Task):
+    name = "pretrain"
+
+    settings: PretrainSettings
+
+    def open(self, inputs: list[str], spool: Path | None, recorded: Plan | None) -> str:
+        tokenizer_sha256 = None
+        if recorded:
+            tokenizer_sha256 = recorded.tokenizer_sha256
+        elif self.settings.init_from:
+            tokenizer_sha256 = Tokenizer.load(self.settings.init_from).sha256
+        self.corpus = open_corpus(inputs, spool, self.settings.resume, tokenizer_sha256)
+        return self.corpus.sha256
+
+    def make_plan(self, inputs: list[str], device: torch.device) -> Plan:
+        return planning.make_plan(self.settings, inputs, self.corpus, device)
+
+    def make_feed(self, plan: Plan) -> Feed:
+        return packed_feed(self.corpus, plan, self.settings)
+
+    def make_trainer(self, plan: Plan, device: torch.device, save: Path | None) -> Trainer:
+        settings = self.settings
+        config = families.find(plan.hf_config["model_type"]).config_from_hf(plan.hf_config)
+        self.config = dataclasses.replace(config, dropout=settings.dropout)
+        building.check_memory(self.config, settings.optimizer, device)
+        model = new_model(self.config, settings.seed)
+        if settings.init_from and save is None:
+            state.load_weights(model, settings.init_from)
+        trainer = building.build_trainer(NextToken(model, settings.z_loss), plan, settings, device)
+        if save is not None:
+            state.load(trainer, save)
+        return trainer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.corpus.tokenizer
