@@ -1,0 +1,140 @@
+"""An adapter on disk: a PEFT directory, attached to a model, read and written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llmctl import checkpoint, files
+from llmctl.errors import CalledWrongly, UserError
+from llmctl.finetune import bottleneck, ia3, lora, lora_files, methods
+from llmctl.finetune.sites import find_sites, plain_name
+from llmctl.models import families, weights
+
+PREFIX = "base_model.model."
+STEM = "adapter_model"
+TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}
+
+
+def attach(model: nn.Module, method: methods.Method, seed: int = 0) -> None:
+    """Freeze the model and give it the method's fresh parameters, which alone are trained."""
+    model.requires_grad_(False)
+    if isinstance(method, methods.Lora):
+        lora.attach(model, method, seed)
+        _unfreeze(model, method.modules_to_save)
+    elif isinstance(method, methods.Ia3):
+        ia3.attach(model, method)
+    elif isinstance(method, methods.Bottleneck):
+        bottleneck.attach(model, method, seed)
+    else:
+        raise AssertionError(method)
+
+
+def save(model: nn.Module, method: methods.Method, directory: str | Path, base: str) -> None:
+    """Write adapter_config.json and adapter_model.safetensors into an existing directory.
+
+    `base` is the path or name of the model under the adapter; PEFT's readers look there.
+    """
+    tensors, said = _to_peft(model, method)
+    config = {
+        **said.to_peft(),
+        "base_model_name_or_path": base,
+        "task_type": TASKS[model.config.kind],
+        "inference_mode": True,
+        "fan_in_fan_out": any(site.transposed for site in find_sites(model)),
+    }
+    named = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    checkpoint.save_tensors(directory, named, stem=STEM)
+    files.write_atomic(Path(directory) / "adapter_config.json", f"{json.dumps(config, indent=2)}\n".encode())
+
+
+def load(model: nn.Module, directory: str | Path) -> methods.Method:
+    """Attach the adapter of a PEFT directory, ours or anybody's. Raises UserError where it does not fit the model."""
+    config = read_config(directory)
+    method = methods.from_peft(config)
+    stored = checkpoint.open_tensors(directory, stem=STEM)
+    tensors = {name.removeprefix(PREFIX): stored.get(name) for name in stored.keys()}
+    own = {name: tensor for name, tensor in tensors.items() if _is_adapters(name)}
+    if isinstance(method, methods.Lora):
+        lora_files.from_peft(model, method, own)
+    elif isinstance(method, methods.Ia3):
+        ia3.from_peft(model, own)
+    elif isinstance(method, methods.Bottleneck):
+        bottleneck.from_tensors(model, method, own)
+    _load_whole(model, {name: tensor for name, tensor in tensors.items() if name not in own})
+    return method
+
+
+def read_config(directory: str | Path) -> dict:
+    """The content of adapter_config.json. Raises UserError where the directory holds no adapter."""
+    file = Path(directory) / "adapter_config.json"
+    if not file.exists():
+        raise UserError(f"{directory}: has no adapter_config.json", hint="an adapter is a directory as PEFT writes it")
+    return files.read_json(file)
+
+
+def _to_peft(model: nn.Module, method: methods.Method) -> tuple[dict[str, torch.Tensor], methods.Method]:
+    if isinstance(method, methods.Lora):
+        tensors, said = lora_files.to_peft(model, method)
+        whole = _whole_tensors(model, method.modules_to_save)
+        # whole names: PEFT takes "norm" for every module whose name ends in these letters
+        modules = sorted({name.rpartition(".")[0] for name in whole})
+        return tensors | whole, dataclasses.replace(said, modules_to_save=tuple(modules))
+    if isinstance(method, methods.Ia3):
+        return ia3.to_peft(model, method)
+    return bottleneck.to_tensors(model), method
+
+
+def _is_adapters(name: str) -> bool:
+    parts = (".lora_", ".ia3_l", ".down.", ".up.")
+    return any(part in name for part in parts)
+
+
+def _whole_rows(model: nn.Module, modules: tuple[str, ...]):
+    """(their name, our names, change) of every tensor in the modules of these names, ours or Hugging Face's."""
+    shapes = {plain_name(name): parameter.shape for name, parameter in model.named_parameters()}
+    rows = list(weights.matches(families.find(model.config.family).WEIGHTS, shapes))
+    for wanted in modules:
+        found = [row for row in rows if any(_ends_with(name, wanted) for name in (row[0], *row[1]))]
+        if not found:
+            raise CalledWrongly(f"--modules-to-save: the model has no module {wanted!r}")
+        yield from found
+
+
+def _ends_with(parameter_name: str, module: str) -> bool:
+    path = parameter_name.rpartition(".")[0]
+    return path == module or path.endswith(f".{module}")
+
+
+def _unfreeze(model: nn.Module, modules: tuple[str, ...]) -> None:
+    """Train these modules whole: their parameters go into the adapter as they are."""
+    wanted = {name for _, ours, _ in _whole_rows(model, modules) for name in ours}
+    for name, parameter in model.named_parameters():
+        if plain_name(name) in wanted:
+            parameter.requires_grad_(True)
+
+
+def _whole_tensors(model: nn.Module, modules: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    parameters = {plain_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    rows = _whole_rows(model, modules)
+    return {theirs: weights.to_theirs(change, [parameters[name] for name in ours]) for theirs, ours, change in rows}
+
+
+@torch.no_grad()
+def _load_whole(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    left = dict(tensors)
+    for theirs, ours, change in weights.matches(families.find(model.config.family).WEIGHTS, shapes):
+        if theirs in left:
+            parts = weights.to_ours(change, left.pop(theirs), [shapes[name][0] for name in ours])
+            for name, part in zip(ours, parts, strict=True):
+                parameters[name].data = part.to(parameters[name].dtype)
+    unknown = [name for name in left if ".base_layer." not in name]
+    if unknown:
+        raise UserError(f"the adapter has {unknown[0]}, which this model does not have")
