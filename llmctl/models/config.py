@@ -29,12 +29,14 @@ class Norm:
 class Rope:
     """Rotary positions (arXiv:2104.09864). `scaling` is the Hugging Face dictionary (rope_type, factor, ...) or None.
 
-    Only the first `dims` elements of a head turn; None means all.
+    Only the first `dims` elements of a head turn; None means all. `stored`: the checkpoint holds the frequencies
+    themselves, which may differ from those that theta gives (ESM-2's were rounded in training).
     """
 
     theta: float = 10000.0
     scaling: dict[str, Any] | None = None
     dims: int | None = None
+    stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,36 @@ class Attention:
         """Per token and forward pass, what the products of queries with keys and of weights with values take."""
         seen = min(seq_len, self.window or seq_len)
         return 4 * self.n_heads * self.head_dim * seen * (0.5 if self.causal and seen == seq_len else 1.0)
+
+
+@dataclass(frozen=True)
+class LocalAttention:
+    """Longformer's (arXiv:2004.05150): a token sees the `radius` tokens on each side of it, and those chosen as global.
+
+    Global tokens see, through projections of their own, all others.
+    """
+
+    n_heads: int
+    head_dim: int
+    radius: int
+    causal = False
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.n_heads
+
+    def parameters(self, d_model: int) -> int:
+        width = self.n_heads * self.head_dim
+        return 6 * (d_model + 1) * width + (width + 1) * d_model
+
+    def active_parameters(self, d_model: int) -> int:
+        """Without the projections for global tokens, of which there are few."""
+        width = self.n_heads * self.head_dim
+        return 3 * (d_model + 1) * width + (width + 1) * d_model
+
+    def sequence_flops(self, seq_len: int) -> float:
+        """Per token and forward pass, what the products of queries with keys and of weights with values take."""
+        return 4 * self.n_heads * self.head_dim * min(seq_len, 3 * self.radius)
 
 
 @dataclass(frozen=True)
@@ -132,13 +164,28 @@ class LearnedPositions:
 
 
 @dataclass(frozen=True)
+class RelativeBias:
+    """One trained number per head and bucket of distances from query to key, added to the scores of self-attention by all
+    layers of a stack alike (T5, arXiv:1910.10683).
+
+    Half of the buckets are exact distances, the others grow to `max_distance` and beyond; with `both_ways` half of all are
+    for keys behind the query.
+    """
+
+    n_heads: int
+    n_buckets: int = 32
+    max_distance: int = 128
+    both_ways: bool = False
+
+
+@dataclass(frozen=True)
 class Block:
     """`pre`: x + f(norm(x)). `post`: norm(x + f(x)). `sandwich`: x + norm(f(norm(x))). `output`: x + norm(f(x)).
 
     With `cross_attention` (to an encoder's output) its branch stands between mixer and ffn.
     """
 
-    mixer: Attention
+    mixer: Attention | LocalAttention
     ffn: Mlp | GatedMlp | Moe | None
     norm: Norm
     norm_placement: NormPlacement = "pre"
@@ -170,19 +217,39 @@ class HeadTransform:
 
 @dataclass(frozen=True)
 class Head:
-    """From the last hidden state to logits: x -> transform -> scale * x @ weight.T + bias -> softcap."""
+    """From the last hidden state to logits: x -> transform -> scale * x @ weight.T + bias -> softcap.
+
+    A "fixed" bias is part of the model, and no training changes it.
+    """
 
     transform: HeadTransform | None = None
     scale: float = 1.0
-    bias: bool = False
+    bias: bool | Literal["fixed"] = False
     softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenDropout:
+    """Masked tokens are embedded as zero, and the others scaled to the sum that they had in training, when
+    `trained_share` of the tokens was masked (ESM-2)."""
+
+    mask_id: int
+    trained_share: float = 0.15 * 0.8
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A tensor of the checkpoint that nothing here computes with: kept so that what we save is whole."""
+
+    name: str
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """`blocks` is repeated in order until there are `n_layers`: one entry for a uniform stack.
 
-    `max_positions` None: nothing in the model limits the length. `encoder`, where there is one, is a stack of its own
+    `max_positions` None: nothing in the model limits the length. `head` None: a base model, which only embeds. `encoder`, where there is one, is a stack of its own
     that shares the token embedding, and the blocks here are the decoder's.
     """
 
@@ -193,15 +260,17 @@ class ModelConfig:
     max_positions: int | None
     blocks: tuple[Block, ...]
     final_norm: Norm | None
-    positions: LearnedPositions | None = None
+    positions: LearnedPositions | RelativeBias | None = None
     embedding_scale: float = 1.0
     embedding_norm: Norm | None = None
     token_types: int = 0
-    head: Head = Head()
+    token_dropout: TokenDropout | None = None
+    head: Head | None = Head()
     tie_embeddings: bool = False
     dropout: float = 0.0
     initializer_range: float = 0.02
     encoder: ModelConfig | None = None
+    carried: tuple[Carried, ...] = ()
     hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The Hugging Face config that this was read from: keys that we do not interpret survive a save."""
 
@@ -218,9 +287,7 @@ class ModelConfig:
 
 def parameter_count(config: ModelConfig, active: bool = False) -> int:
     """Number of distinct parameters, without building the model; with `active`, of those that one token meets."""
-    total = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2)
-    total += config.vocab_size * config.head.bias
-    total += config.head.transform.parameters(config.d_model) if config.head.transform else 0
+    total = config.vocab_size * config.d_model + _head_parameters(config)
     total += _stack_parameters(config, active)
     return total + (_stack_parameters(config.encoder, active) if config.encoder else 0)
 
@@ -231,10 +298,18 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     The PaLM appendix's count (arXiv:2204.02311, B), with causal attention halved because half of the scores are masked.
     """
     embedding = config.vocab_size * config.d_model
-    matrices = parameter_count(config, active=True) - (0 if config.tie_embeddings else embedding)
+    matrices = parameter_count(config, active=True) - (embedding if config.head and not config.tie_embeddings else 0)
     matrices -= _position_parameters(config)
     mixers = [config.block(i).mixer for i in range(config.n_layers)]
     return 6 * matrices + sum(3 * mixer.sequence_flops(seq_len) for mixer in mixers)
+
+
+def _head_parameters(config: ModelConfig) -> int:
+    head = config.head
+    if head is None:
+        return 0
+    total = config.vocab_size * ((0 if config.tie_embeddings else config.d_model) + bool(head.bias))
+    return total + (head.transform.parameters(config.d_model) if head.transform else 0)
 
 
 def _stack_parameters(config: ModelConfig, active: bool) -> int:
@@ -244,6 +319,9 @@ def _stack_parameters(config: ModelConfig, active: bool) -> int:
 
 
 def _position_parameters(config: ModelConfig) -> int:
-    if not isinstance(config.positions, LearnedPositions):
-        return 0
-    return (config.max_positions + config.positions.offset) * config.d_model
+    match config.positions:
+        case LearnedPositions(offset):
+            return (config.max_positions + offset) * config.d_model
+        case RelativeBias(n_heads, n_buckets):
+            return n_buckets * n_heads
+    return 0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from llmctl.models.cache import Cache
+from llmctl.models.memory import Memory
 from llmctl.ops.visibility import Visibility
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -16,7 +18,8 @@ class Context:
     """Where the tokens of a forward stand, and what they may see; worked out once, read by all layers.
 
     Padding: real tokens of row b are those from `starts_B` on and in front of `ends_B` (int64, or None for all).
-    Packing: `documents_BT` numbers the documents within a row. With a `cache` the tokens continue what it holds.
+    Packing: `documents_BT` numbers the documents within a row. With a `cache` the tokens continue what it holds. `memory` is
+    an encoder's output, for layers that attend to it; it may come with the cache.
     """
 
     def __init__(
@@ -30,14 +33,20 @@ class Context:
         cache: Cache | None = None,
         memory: Memory | None = None,
     ):
-        self.length, self.device, self.cache, self.memory = length, device, cache, memory
+        self.length, self.device, self.cache = length, device, cache
+        self.memory = cache.memory if memory is None and cache is not None else memory
         self.offset = 0 if cache is None else cache.length
         self.starts_B, self.ends_B, self.documents_BT = starts_B, ends_B, documents_BT
         self._first_BT = None if documents_BT is None else _document_starts(documents_BT)
         self._last_BT = None if documents_BT is None else _document_ends(documents_BT)
         self.rotations: Sequence[Rotation] = ()
+        self.bias_HTS: torch.Tensor | None = None
         self.recorded_weights: list[torch.Tensor] | None = None
         """Set to a list, it gets every attention's weights [B, H, T, S], in the order of the layers."""
+        self.recorded_hidden: list[torch.Tensor] | None = None
+        """Set to a list, it gets what goes into each layer, and last what the final norm gives, [B, T, D] each."""
+        self.global_BT: torch.Tensor | None = None
+        """True where a token sees all and is seen by all, in layers whose attention is else local."""
         self._visibilities: dict[tuple[bool, int | None], Visibility] = {}
 
     @property
@@ -54,12 +63,21 @@ class Context:
             return (self.columns_T - self.starts_B[:, None]).clamp(min=0)
         return None
 
+    def record(self, hidden_BTD: torch.Tensor) -> None:
+        if self.recorded_hidden is not None:
+            self.recorded_hidden.append(hidden_BTD)
+
     def visibility(self, causal: bool, window: int | None = None) -> Visibility:
         """Which keys of the same sequence a layer's queries see."""
         key = (causal, window)
         if key not in self._visibilities:
             self._visibilities[key] = self._new_visibility(causal, window)
         return self._visibilities[key]
+
+    @functools.cached_property
+    def memory_visibility(self) -> Visibility:
+        """Which of an encoder's tokens a decoder's queries see."""
+        return self.memory.visibility(self.documents_BT)
 
     def _new_visibility(self, causal: bool, window: int | None) -> Visibility:
         first_BT = self._first_BT
@@ -76,13 +94,6 @@ class Context:
         if self.ends_B is not None:
             end_BT = self.ends_B[:, None].expand(-1, self.length)
         return Visibility(False, self.offset, first_BT, end_BT)
-
-
-class Memory:
-    """An encoder's output [B, S, D] for a decoder's cross-attention, and which of it is real."""
-
-    def __init__(self, hidden_BSD: torch.Tensor, visibility: Visibility):
-        self.hidden_BSD, self.visibility = hidden_BSD, visibility
 
 
 def padding_of(attention_mask_BT: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import ModelConfig
-from llmctl.models.loading import new_empty
+from llmctl.models.language_model import LanguageModel
+from llmctl.models.loading import new_empty, reset_buffers
 from llmctl.models.norm import OffsetRMSNorm
 
 
-def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> CausalLM:
+def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> LanguageModel:
     """A model with random weights, the same for the same seed on every device.
 
     Matrices are normal with variance 0.5 / fan-in, so that a layer keeps the size of its input at any width; the last matrix
@@ -22,6 +22,7 @@ def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu"
     with torch.device("meta"):
         model = new_empty(config)
     model.to_empty(device="cpu")
+    reset_buffers(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             _initialize(name, parameter, config.initializer_range, generator)

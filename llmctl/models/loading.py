@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from llmctl.errors import UserError
 from llmctl.models import families, weights
 from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import ModelConfig
+from llmctl.models.language_model import LanguageModel
+from llmctl.models.masked_lm import MaskedLM
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -28,29 +31,48 @@ def read_config(path: str | Path) -> ModelConfig:
         raise UserError(f"{file}: the key {error} is missing or has a value that llmctl does not know") from error
 
 
-def new_empty(config: ModelConfig) -> CausalLM:
+def new_empty(config: ModelConfig) -> LanguageModel:
     """A model without weights, of the class that its config's kind asks for; build it under the meta device."""
-    return {"causal": CausalLM}[config.kind](config)
+    return {"causal": CausalLM, "masked": MaskedLM}[config.kind](config)
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
-) -> CausalLM:
+) -> LanguageModel:
     """The model of a checkpoint directory, in eval mode; weights stay memory-mapped where neither dtype nor device changes.
 
-    `dtype` None keeps what the file has. Raises UserError where the weights and config.json disagree.
+    `dtype` None keeps what the file has. A file without any tensor of a head gives a base model (its config's head is
+    None). Raises UserError where the weights and config.json disagree.
     """
     path = Path(path)
     config = read_config(path)
+    stored = checkpoint.open_tensors(path)
+    family = families.find(config.family)
     with torch.device("meta"):
         model = new_empty(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    stored = checkpoint.open_tensors(path)
+        if weights.lacks_head(family, _shapes(model), stored.keys()):
+            model = new_empty(dataclasses.replace(config, head=None))
+    reset_buffers(model)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    family = families.find(config.family)
-    for name, tensor in weights.load_tensors(family, shapes, stored.keys(), stored.get):
-        _assign(model, name, tensor.to(device=device, dtype=dtype).contiguous())
+    buffers = dict(model.named_buffers())
+    for name, tensor in weights.load_tensors(family, _shapes(model), stored.keys(), stored.get, optional=buffers):
+        if name in buffers:
+            _assign(model, name, tensor.to(device=device))
+        else:
+            _assign(model, name, _parameter(tensor.to(device=device, dtype=dtype)))
     return model.eval()
+
+
+def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a model: its parameters, and the buffers that belong to its weights."""
+    return model.state_dict(keep_vars=True)
+
+
+def reset_buffers(model: nn.Module) -> None:
+    """Give every buffer the value that it has where a checkpoint brings none."""
+    for module in model.modules():
+        if hasattr(module, "reset_buffers"):
+            module.reset_buffers()
 
 
 def hf_tensors(config: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -71,10 +93,10 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict:
     return {key: value for key, value in merged.items() if value is not None}
 
 
-def save_model(model: CausalLM, directory: str | Path) -> None:
+def save_model(model: LanguageModel, directory: str | Path) -> None:
     """Write config.json and the weights into an existing directory."""
-    tensors = dict(model.named_parameters())
-    dtype = next(iter(tensors.values())).dtype
+    tensors = stored_tensors(model)
+    dtype = next(model.parameters()).dtype
     write_config(model.config, dtype, directory)
     checkpoint.save_tensors(directory, hf_tensors(model.config, tensors))
 
@@ -84,6 +106,14 @@ def write_config(config: ModelConfig, dtype: torch.dtype, directory: str | Path)
     files.write_atomic(Path(directory) / "config.json", f"{text}\n".encode())
 
 
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in stored_tensors(model).items()}
+
+
+def _parameter(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.contiguous(), requires_grad=tensor.is_floating_point())
+
+
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    setattr(model.get_submodule(owner), leaf, tensor)

@@ -1,21 +1,31 @@
-"""Positions: each kind implements the hooks that it needs (`embed` adds to the embedding, `rotate` turns queries and keys)."""
+"""Positions: each kind implements the hooks that it needs (`embed` adds to the embedding, `rotate` turns queries and keys,
+`bias` adds to their products)."""
 
 from __future__ import annotations
 
 import math
 
 import torch
+from torch import nn
 
 from llmctl.errors import UserError
 from llmctl.models import config
 
 
-class RotaryTable:
+class RotaryTable(nn.Module):
     """cos and sin of position x frequency, float32, computed once and grown when a longer sequence comes."""
 
     def __init__(self, rope: config.Rope, head_dim: int, max_positions: int | None):
+        super().__init__()
         self.rope, self.dims, self.max_positions = rope, rope.dims or head_dim, max_positions
+        if rope.stored:
+            self.register_buffer("frequencies", torch.empty(self.dims // 2))
         self._cos = self._sin = torch.empty(0, self.dims)
+
+    def reset_buffers(self) -> None:
+        """What a checkpoint that lacks the frequencies means by them."""
+        if self.rope.stored:
+            self.frequencies = rotary_frequencies(self.rope, self.dims)
 
     def lookup(self, positions_BT: torch.Tensor | None, offset: int, end: int, device: torch.device):
         """(cos, sin) of shape [T, K] for positions `offset` to `end`, or [B, 1, T, K] where rows have their own."""
@@ -27,8 +37,9 @@ class RotaryTable:
 
     def _grow(self, length: int, device: torch.device) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            frequencies = rotary_frequencies(self.rope, self.dims).to(device)
-            angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+            frequencies = self.frequencies if self.rope.stored else rotary_frequencies(self.rope, self.dims)
+            steps = torch.arange(length, device=device, dtype=torch.float32)
+            angles = torch.outer(steps, frequencies.to(device, torch.float32))
             # The rotation pairs element i with i + K/2 (the Hugging Face layout), not neighbours.
             self._cos, self._sin = (torch.cat([f, f], dim=-1) for f in (angles.cos(), angles.sin()))
 
@@ -67,3 +78,35 @@ def rotate(x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     first, second = x_BHTK.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return (x_BHTK * cos + turned * sin).to(x_BHTK.dtype)
+
+
+class RelativeBias(nn.Module):
+    """What distance adds to the scores of a stack's self-attention."""
+
+    def __init__(self, spec: config.RelativeBias):
+        super().__init__()
+        self.spec = spec
+        self.weight = nn.Parameter(torch.empty(spec.n_buckets, spec.n_heads))
+
+    def forward(self, start: int, end: int, device: torch.device) -> torch.Tensor:
+        """[H, T, S] for the queries from `start` to `end` and all keys in front of `end`."""
+        queries_T = torch.arange(start, end, device=device)
+        distances_TS = torch.arange(end, device=device) - queries_T[:, None]
+        # Few distances make up the matrix: each is looked up once.
+        bias_HN = self.weight[self.buckets(torch.arange(1 - end, end - start, device=device))].mT
+        return bias_HN[:, distances_TS + (end - 1)]
+
+    def buckets(self, distances: torch.Tensor) -> torch.Tensor:
+        """The bucket of each distance (the key's position less the query's), int64 of the same shape."""
+        count, first = self.spec.n_buckets, 0
+        if self.spec.both_ways:
+            count //= 2
+            first = (distances > 0) * count
+            distances = distances.abs()
+        else:
+            distances = (-distances).clamp(min=0)
+        n_exact = count // 2
+        share = torch.log(distances.float() / n_exact) / math.log(self.spec.max_distance / n_exact)
+        # The logarithm of 0 is never taken up: that distance is exact.
+        far = n_exact + (share.clamp(min=0) * (count - n_exact)).long()
+        return first + torch.where(distances < n_exact, distances, far.clamp(max=count - 1))

@@ -8,20 +8,23 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llmctl.models import config, ffn, norm
-from llmctl.models.attention import Attention
+from llmctl.models.attention import Attention, CrossAttention
 from llmctl.models.context import Context
-from llmctl.models.position import RotaryTable
+from llmctl.models.position import RelativeBias, RotaryTable
 
 
 class Block(nn.Module):
-    """x + mixer(x), then x + ffn(x); the norms that its placement lacks are identities (see `config.Block`)."""
+    """x + mixer(x), x + cross(x), x + ffn(x); the norms that its placement lacks are identities (see `config.Block`)."""
 
     def __init__(self, spec: config.Block, d_model: int, layer: int, rotary: int | None, dropout: float):
         super().__init__()
         self.dropout = dropout
         self.mixer = build_mixer(spec.mixer, d_model, layer, rotary, dropout)
         self.mixer_norm, self.mixer_output_norm, self.mixer_sum_norm = _norms(spec, d_model)
-        self.ffn = None
+        self.cross = self.ffn = None
+        if spec.cross_attention is not None:
+            self.cross = CrossAttention(spec.cross_attention, d_model, layer, None, dropout)
+            self.cross_norm, self.cross_output_norm, self.cross_sum_norm = _norms(spec, d_model)
         if spec.ffn is not None:
             self.ffn = ffn.build(spec.ffn, d_model)
             self.ffn_norm, self.ffn_output_norm, self.ffn_sum_norm = _norms(spec, d_model)
@@ -29,6 +32,9 @@ class Block(nn.Module):
     def forward(self, x_BTD: torch.Tensor, context: Context) -> torch.Tensor:
         y_BTD = self.mixer_output_norm(self.mixer(self.mixer_norm(x_BTD), context))
         x_BTD = self.mixer_sum_norm(x_BTD + self._drop(y_BTD))
+        if self.cross is not None:
+            y_BTD = self.cross_output_norm(self.cross(self.cross_norm(x_BTD), context))
+            x_BTD = self.cross_sum_norm(x_BTD + self._drop(y_BTD))
         if self.ffn is None:
             return x_BTD
         y_BTD = self.ffn_output_norm(self.ffn(self.ffn_norm(x_BTD)))
@@ -45,16 +51,21 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config_
         self.activation_checkpointing = False
-        learned = config_.positions
-        rows = config_.max_positions + learned.offset if learned else 0
-        self.embed_positions = embedding(rows, config_.d_model) if learned else None
+        self.embed_positions = self.relative_bias = None
+        match config_.positions:
+            case config.LearnedPositions(offset):
+                self.embed_positions = embedding(config_.max_positions + offset, config_.d_model)
+            case config.RelativeBias() as spec:
+                self.relative_bias = RelativeBias(spec)
         self.embed_types = embedding(config_.token_types, config_.d_model) if config_.token_types else None
         self.embed_norm = norm.build(config_.embedding_norm, config_.d_model)
-        self.rotaries, numbers = _rotary_tables(config_)
+        tables, numbers = _rotary_tables(config_)
+        self.rotaries = nn.ModuleList(tables)
         self.layers = nn.ModuleList(
             Block(config_.block(i), config_.d_model, i, numbers[i], config_.dropout) for i in range(config_.n_layers)
         )
         self.norm = norm.build(config_.final_norm, config_.d_model)
+        self.carried = Carried(config_.carried)
 
     def run(self, x_BTD: torch.Tensor, context: Context, types_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The last layer's output after the final norm, [B, T, D], for scaled token embeddings; advances the cache."""
@@ -63,14 +74,19 @@ class Stack(nn.Module):
         dtype = _rotation_dtype(x_BTD)
         tables = (table.lookup(positions_BT, context.offset, end, context.device) for table in self.rotaries)
         context.rotations = [(cos.to(dtype), sin.to(dtype)) for cos, sin in tables]
+        if self.relative_bias is not None:
+            context.bias_HTS = self.relative_bias(context.offset, end, context.device)
         for layer in self.layers:
+            context.record(x_BTD)
             if self.activation_checkpointing and self.training:
                 x_BTD = checkpoint(layer, x_BTD, context, use_reentrant=False)
             else:
                 x_BTD = layer(x_BTD, context)
         if context.cache is not None:
             context.cache.length += context.length
-        return self.norm(x_BTD)
+        x_BTD = self.norm(x_BTD)
+        context.record(x_BTD)
+        return x_BTD
 
     def _position_embeddings(self, context: Context, types_BT: torch.Tensor | None) -> torch.Tensor | float:
         """What positions and token types (all 0 where not given) add to an embedding."""
@@ -84,6 +100,20 @@ class Stack(nn.Module):
 
     def _drop(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return F.dropout(x_BTD, self.config.dropout) if self.training and self.config.dropout else x_BTD
+
+
+class Carried(nn.Module):
+    """Tensors of a checkpoint that nothing computes with (see `config.Carried`)."""
+
+    def __init__(self, entries: tuple[config.Carried, ...]):
+        super().__init__()
+        self.entries = entries
+        for entry in entries:
+            self.register_buffer(entry.name, torch.empty(entry.shape))
+
+    def reset_buffers(self) -> None:
+        for entry in self.entries:
+            setattr(self, entry.name, torch.zeros(entry.shape))
 
 
 def build_mixer(spec: config.Attention, d_model: int, layer: int, rotary: int | None, dropout: float) -> nn.Module:

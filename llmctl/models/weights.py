@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from llmctl.errors import UserError
 from llmctl.models.families.common import Row
 
+_HEAD = ("lm_head.", "head_transform.", "head_bias")
+"""How the names begin of parameters of ours that a base model does not have."""
+
 
 def to_ours(change: str, tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     """Undo `to_theirs`; `sizes` are the lengths of our parts along their first dimension."""
     if change == "rename":
         return [tensor]
+    if change == "as_row":
+        return [tensor.squeeze(0)]
     if change == "split_rows":
         return list(tensor.split(list(sizes), dim=0))
     assert change == "split_columns", change
@@ -24,6 +29,8 @@ def to_ours(change: str, tensor: torch.Tensor, sizes: Sequence[int]) -> list[tor
 def to_theirs(change: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     if change == "rename":
         return parts[0]
+    if change == "as_row":
+        return parts[0].unsqueeze(0)
     if change == "split_rows":
         return torch.cat(list(parts))
     assert change == "split_columns", change
@@ -41,25 +48,35 @@ def matches(table: Iterable[Row], shapes: Mapping[str, torch.Size]) -> Iterator[
                     yield _numbered(entry.theirs, found.groups()), ours, entry.change
 
 
+def lacks_head(family, shapes: Mapping[str, torch.Size], available: Iterable[str]) -> bool:
+    """Whether a model with these parameters needs tensors for its head, and the file has none of them."""
+    bare, names = _unwrapping(family), set(available)
+    head = [theirs for theirs, ours, _ in matches(family.WEIGHTS, shapes) if ours[0].startswith(_HEAD)]
+    return bool(head) and not any(name in names or bare(name) in names for name in head)
+
+
 def load_tensors(
     family,
     shapes: Mapping[str, torch.Size],
     available: Iterable[str],
     get: Callable[[str], torch.Tensor],
+    optional: Container[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (our name, tensor) for every parameter in `shapes`, one file tensor at a time.
 
     `available` are the names in the file; a missing wrapper such as `transformer.` is tolerated. Names that match a pattern of
-    the family's IGNORABLE (buffers of old checkpoints), or a second copy of a tied head, may be left over.
-    Raises UserError naming what is missing, left over or of another shape.
+    the family's IGNORABLE (buffers of old checkpoints), or a second copy of a tied head, may be left over; those of ours
+    in `optional` may lack. Raises UserError naming what is missing, left over or of another shape.
     """
-    names = {_bare(name): name for name in available}
+    bare = _unwrapping(family)
+    names = {bare(name): name for name in available}
     wanted = list(matches(family.WEIGHTS, shapes))
-    missing = [theirs for theirs, _, _ in wanted if _bare(theirs) not in names]
-    used = {_bare(theirs) for theirs, _, _ in wanted}
+    wanted = [entry for entry in wanted if bare(entry[0]) in names or entry[1][0] not in optional]
+    missing = [theirs for theirs, _, _ in wanted if bare(theirs) not in names]
+    used = {bare(theirs) for theirs, _, _ in wanted}
     ignorable = (*family.IGNORABLE, *(() if "lm_head.weight" in shapes else (r"^lm_head\.weight$",)))
     extra = [
-        name for bare, name in names.items() if bare not in used and not any(re.search(p, name) for p in ignorable)
+        name for short, name in names.items() if short not in used and not any(re.search(p, name) for p in ignorable)
     ]
     for complaint, some in (("lacks", missing), ("has the unknown", extra)):
         if some:
@@ -67,7 +84,7 @@ def load_tensors(
             raise UserError(f"the weights do not fit config.json: the checkpoint {complaint} {shown}")
     for theirs, ours, change in wanted:
         sizes = [shapes[name][0] for name in ours]
-        tensor = get(names[_bare(theirs)])
+        tensor = get(names[bare(theirs)])
         expected = to_theirs(change, [torch.empty(shapes[name], device="meta") for name in ours]).shape
         if tensor.shape != expected:
             raise UserError(f"{theirs} has shape {list(tensor.shape)}; config.json says {list(expected)}")
@@ -78,6 +95,11 @@ def _numbered(name: str, numbers: Sequence[str]) -> str:
     return name.format(*numbers)
 
 
-def _bare(name: str) -> str:
-    """A name without the wrapper that some exporters leave out (`transformer.h.0…` and `h.0…` are the same tensor)."""
-    return re.sub(r"^(transformer|model)\.", "", name)
+def _unwrapping(family) -> Callable[[str], str]:
+    """Takes from a name the wrapper that base models are saved without (`transformer.h.0…` and `h.0…` are one tensor).
+
+    It is what stands in front of the module that holds the token embedding.
+    """
+    embedding = next(entry.theirs for entry in family.WEIGHTS if entry.ours[0] == "embed_tokens.weight")
+    wrapper = f"{embedding.split('.')[0]}." if embedding.count(".") > 1 else ""
+    return lambda name: name.removeprefix(wrapper)

@@ -24,7 +24,7 @@ class NextToken(nn.Module):
         """Sum of nats over all targets in training mode; [B * T] nats of each, without gradient, in eval mode."""
         model, targets_N = self.model, targets_BT.flatten()
         hidden_ND = model.head_input(model.hidden(inputs_BT, documents_BT=documents_BT)).flatten(0, 1)
-        head = {"bias_V": model.head_bias, "softcap": model.config.head.softcap}
+        head = {"bias_V": model.output_bias, "softcap": model.config.head.softcap}
         if self.training:
             return cross_entropy(hidden_ND, model.head_weight, targets_N, self.z_loss, **head)
         return token_losses(hidden_ND, model.head_weight, targets_N, **head)

@@ -10,7 +10,7 @@ import torch
 
 from llmctl import checkpoint
 from llmctl.models import families, weights
-from llmctl.models.loading import hf_tensors, write_config
+from llmctl.models.loading import hf_tensors, stored_tensors, write_config
 from llmctl.train import distributed
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ def write(trainer: Trainer, tokenizer: Tokenizer, directory: Path | None) -> Non
         _save_sharded(optimizer, directory / _SHARDED)
     else:
         checkpoint.save_tensors(directory, optimizer, stem="optimizer")
-    tensors = {name: distributed.whole_on_first(parameter) for name, parameter in model.named_parameters()}
+    tensors = {name: distributed.whole_on_first(tensor) for name, tensor in stored_tensors(model).items()}
     distributed.on_first(write_model, model.config, tensors, tokenizer, directory)
 
 
 def write_model(config, tensors: dict[str, torch.Tensor], tokenizer: Tokenizer, directory: Path) -> None:
     """A complete checkpoint of these weights."""
-    write_config(config, next(iter(tensors.values())).dtype, directory)
+    write_config(config, tensors["embed_tokens.weight"].dtype, directory)
     tokenizer.save(directory)
     defaults = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     text = json.dumps({key: value for key, value in defaults.items() if value is not None}, indent=2)
@@ -63,11 +63,11 @@ def load(trainer: Trainer, directory: Path) -> None:
 def load_weights(model, directory: str | Path) -> None:
     """Copy a checkpoint's weights into an existing model, sharded or not."""
     files = checkpoint.open_tensors(directory)
-    parameters = dict(model.named_parameters())
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    tensors, buffers = stored_tensors(model), dict(model.named_buffers())
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     family = families.find(model.config.family)
-    for name, tensor in weights.load_tensors(family, shapes, files.keys(), files.get):
-        _copy_into(parameters[name], tensor)
+    for name, tensor in weights.load_tensors(family, shapes, files.keys(), files.get, optional=buffers):
+        _copy_into(tensors[name], tensor)
 
 
 def optimizer_tensors(trainer: Trainer, empty: bool = False) -> dict[str, torch.Tensor]:

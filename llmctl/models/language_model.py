@@ -1,0 +1,61 @@
+"""What every language model has around its stack: token embeddings in front, a head over the vocabulary behind."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llmctl.errors import UserError
+from llmctl.models.config import ModelConfig
+from llmctl.models.head import HeadTransform, logits
+from llmctl.models.transformer import Stack, embedding
+
+
+class LanguageModel(Stack):
+    """A stack with its embedding and, unless the config's head is None, its head: a Linear of its own or the embedding."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.embed_tokens = embedding(config.vocab_size, config.d_model)
+        self.head_transform = self.lm_head = self.head_bias = None
+        head = config.head
+        if head is None:
+            return
+        if head.transform:
+            self.head_transform = HeadTransform(head.transform, config.d_model)
+        is_fixed = head.bias == "fixed"
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=head.bias and not is_fixed)
+        if is_fixed or head.bias and config.tie_embeddings:
+            self.head_bias = nn.Parameter(torch.empty(config.vocab_size), requires_grad=not is_fixed)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[V, D], whether or not it is the embedding."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def output_bias(self) -> torch.Tensor | None:
+        """[V], added to the logits."""
+        return self.head_bias if self.head_bias is not None or self.lm_head is None else self.lm_head.bias
+
+    def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Token embeddings, scaled where the model scales them (in its own dtype, as Gemma does)."""
+        x_BTD = self.embed_tokens(input_ids_BT)
+        scale = self.config.embedding_scale
+        return x_BTD if scale == 1.0 else x_BTD * torch.tensor(scale, dtype=x_BTD.dtype)
+
+    def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, T, V] of hidden states. Raises UserError where the checkpoint came without a head."""
+        return logits(self.config.head, self.head_input(hidden_BTD), self.head_weight, self.output_bias)
+
+    def head_input(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """What meets the vocabulary matrix: the hidden states, transformed and scaled as the head says."""
+        if self.config.head is None:
+            raise UserError(
+                "this checkpoint is a base model: it holds no language-model head, so it predicts no tokens",
+                hint="llmctl embed works with it",
+            )
+        if self.head_transform is not None:
+            hidden_BTD = self.head_transform(hidden_BTD)
+        return hidden_BTD if self.config.head.scale == 1.0 else hidden_BTD * self.config.head.scale
