@@ -9,6 +9,7 @@ import torch
 
 from llmctl.models.cache import Cache
 from llmctl.models.memory import Memory
+from llmctl.ops.local_attention import GlobalTokens
 from llmctl.ops.visibility import Visibility
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -45,8 +46,8 @@ class Context:
         """Set to a list, it gets every attention's weights [B, H, T, S], in the order of the layers."""
         self.recorded_hidden: list[torch.Tensor] | None = None
         """Set to a list, it gets what goes into each layer, and last what the final norm gives, [B, T, D] each."""
-        self.global_BT: torch.Tensor | None = None
-        """True where a token sees all and is seen by all, in layers whose attention is else local."""
+        self.global_tokens: GlobalTokens | None = None
+        """Those that see all and are seen by all, in layers whose attention is else local."""
         self._visibilities: dict[tuple[bool, int | None], Visibility] = {}
 
     @property

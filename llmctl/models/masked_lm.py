@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from llmctl.models.context import Context, padding_of
 from llmctl.models.language_model import LanguageModel
+from llmctl.ops.local_attention import GlobalTokens
 
 
 class MaskedLM(LanguageModel):
@@ -48,7 +49,8 @@ class MaskedLM(LanguageModel):
         context = Context(
             input_ids_BT.shape[1], input_ids_BT.device, starts_B=starts_B, ends_B=ends_B, documents_BT=documents_BT
         )
-        context.global_BT = global_BT
+        if global_BT is not None and global_BT.any():
+            context.global_tokens = GlobalTokens(global_BT)
         context.recorded_weights, context.recorded_hidden = recorded_weights, recorded_hidden
         x_BTD = self.embed(input_ids_BT)
         if self.config.token_dropout is not None:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from llmctl.models import config, ffn, norm
 from llmctl.models.attention import Attention, CrossAttention
 from llmctl.models.context import Context
+from llmctl.models.local_attention import LocalAttention
 from llmctl.models.position import RelativeBias, RotaryTable
 
 
@@ -117,7 +118,9 @@ class Carried(nn.Module):
 
 
 def build_mixer(spec: config.Attention, d_model: int, layer: int, rotary: int | None, dropout: float) -> nn.Module:
-    return {config.Attention: Attention}[type(spec)](spec, d_model, layer, rotary, dropout)
+    return {config.Attention: Attention, config.LocalAttention: LocalAttention}[type(spec)](
+        spec, d_model, layer, rotary, dropout
+    )
 
 
 def embedding(count: int, width: int) -> nn.Embedding:
