@@ -39,7 +39,7 @@ class Attention(nn.Module):
         if context.cache is not None:
             k_BGSK, v_BGSK = context.cache.layers[self.layer].append(context.offset, k_BGSK, v_BGSK)
         visibility = context.visibility(self.spec.causal, self.spec.window)
-        return self._attend(q_BHTK, k_BGSK, v_BGSK, visibility, context)
+        return self._attend(q_BHTK, k_BGSK, v_BGSK, visibility, context, context.bias_HTS)
 
     def _attend(self, q_BHTK, k_BGSK, v_BGSK, visibility, context: Context, bias_HTS=None) -> torch.Tensor:
         how = {"scale": self.spec.scale, "softcap": self.spec.softcap, "bias_HTS": bias_HTS}
@@ -56,3 +56,16 @@ class Attention(nn.Module):
 
     def _heads(self, x_BTN: torch.Tensor) -> torch.Tensor:
         return x_BTN.unflatten(-1, (-1, self.spec.head_dim)).transpose(1, 2)
+
+
+class CrossAttention(Attention):
+    """Queries of a decoder; keys and values of what an encoder made of the source."""
+
+    def forward(self, x_BTD: torch.Tensor, context: Context) -> torch.Tensor:
+        q_BHTK = self._normalized_heads(self.q_proj(x_BTD), self.q_norm)
+        k_BGSK, v_BGSK = context.memory.keys_and_values(self.layer, self._project)
+        return self._attend(q_BHTK, k_BGSK, v_BGSK, context.memory_visibility, context)
+
+    def _project(self, hidden_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k_BGSK = self._normalized_heads(self.k_proj(hidden_BSD), self.k_norm)
+        return k_BGSK, self._heads(self.v_proj(hidden_BSD))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmctl.models.config import Attention, ModelConfig
+from llmctl.models.memory import Memory
 
 
 class Cache:
@@ -12,6 +13,7 @@ class Cache:
 
     Layers write at `length`; the stack alone advances it, once per forward. With left-padded rows, `starts_B` (int64) is the
     number of padding slots in front of each row: those are never attended to and positions count from behind them.
+    `memory` is what an encoder made of each row's source.
     """
 
     def __init__(
@@ -22,8 +24,9 @@ class Cache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         starts_B: torch.Tensor | None = None,
+        memory: Memory | None = None,
     ):
-        self.length, self.capacity, self.starts_B = 0, capacity, starts_B
+        self.length, self.capacity, self.starts_B, self.memory = 0, capacity, starts_B, memory
         self.layers = [
             _new_entry(config.block(i).mixer, batch_size, capacity, dtype, device) for i in range(config.n_layers)
         ]
@@ -34,6 +37,8 @@ class Cache:
             entry.select(rows)
         if self.starts_B is not None:
             self.starts_B = self.starts_B[rows]
+        if self.memory is not None:
+            self.memory.select(rows)
 
 
 class KeyValues:

@@ -219,7 +219,7 @@ class HeadTransform:
 class Head:
     """From the last hidden state to logits: x -> transform -> scale * x @ weight.T + bias -> softcap.
 
-    A "fixed" bias is part of the model, and no training changes it.
+    A "fixed" bias is a constant of the model, which no training changes.
     """
 
     transform: HeadTransform | None = None
@@ -308,7 +308,7 @@ def _head_parameters(config: ModelConfig) -> int:
     head = config.head
     if head is None:
         return 0
-    total = config.vocab_size * ((0 if config.tie_embeddings else config.d_model) + bool(head.bias))
+    total = config.vocab_size * ((0 if config.tie_embeddings else config.d_model) + (head.bias is True))
     return total + (head.transform.parameters(config.d_model) if head.transform else 0)
 
 

@@ -23,11 +23,12 @@ class LanguageModel(Stack):
             return
         if head.transform:
             self.head_transform = HeadTransform(head.transform, config.d_model)
-        is_fixed = head.bias == "fixed"
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=head.bias and not is_fixed)
-        if is_fixed or head.bias and config.tie_embeddings:
-            self.head_bias = nn.Parameter(torch.empty(config.vocab_size), requires_grad=not is_fixed)
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=head.bias is True)
+        elif head.bias is True:
+            self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
+        if head.bias == "fixed":
+            self.register_buffer("logits_bias", torch.empty(config.vocab_size))
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -37,7 +38,14 @@ class LanguageModel(Stack):
     @property
     def output_bias(self) -> torch.Tensor | None:
         """[V], added to the logits."""
-        return self.head_bias if self.head_bias is not None or self.lm_head is None else self.lm_head.bias
+        if self.config.head.bias == "fixed":
+            return self.logits_bias.to(self.head_weight.dtype)
+        return self.head_bias if self.lm_head is None else self.lm_head.bias
+
+    def reset_buffers(self) -> None:
+        """A checkpoint without a fixed bias has none to add."""
+        if self.config.head is not None and self.config.head.bias == "fixed":
+            self.logits_bias = torch.zeros(self.config.vocab_size)
 
     def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Token embeddings, scaled where the model scales them (in its own dtype, as Gemma does)."""

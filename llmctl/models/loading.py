@@ -17,6 +17,7 @@ from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import ModelConfig
 from llmctl.models.language_model import LanguageModel
 from llmctl.models.masked_lm import MaskedLM
+from llmctl.models.seq2seq_lm import Seq2SeqLM
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -33,7 +34,7 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def new_empty(config: ModelConfig) -> LanguageModel:
     """A model without weights, of the class that its config's kind asks for; build it under the meta device."""
-    return {"causal": CausalLM, "masked": MaskedLM}[config.kind](config)
+    return {"causal": CausalLM, "masked": MaskedLM, "seq2seq": Seq2SeqLM}[config.kind](config)
 
 
 def load_model(

@@ -44,7 +44,7 @@ def matches(table: Iterable[Row], shapes: Mapping[str, torch.Size]) -> Iterator[
         for name in shapes:
             if found := pattern.fullmatch(name):
                 ours = [_numbered(other, found.groups()) for other in entry.ours]
-                if all(other in shapes for other in ours):
+                if all(other in shapes for other in ours) and _applies(entry, found.groups(), shapes):
                     yield _numbered(entry.theirs, found.groups()), ours, entry.change
 
 
@@ -89,6 +89,12 @@ def load_tensors(
         if tensor.shape != expected:
             raise UserError(f"{theirs} has shape {list(tensor.shape)}; config.json says {list(expected)}")
         yield from zip(ours, to_ours(change, tensor, sizes))
+
+
+def _applies(entry: Row, numbers: Sequence[str], shapes: Container[str]) -> bool:
+    """Whether what must stand beside the row's parameters does, and what must not does not."""
+    has_companion = entry.beside is None or _numbered(entry.beside, numbers) in shapes
+    return has_companion and (entry.without is None or _numbered(entry.without, numbers) not in shapes)
 
 
 def _numbered(name: str, numbers: Sequence[str]) -> str:

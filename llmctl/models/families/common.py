@@ -23,16 +23,21 @@ class Row:
 
     Each `{}` stands for a number (of a layer, of an expert), the same and in the same order in all names. `change` names
     what models.weights does to the tensor, both ways: "rename" nothing, "split_rows" cuts a matrix [sum of out, in] into our
-    Linears, and "split_columns" a transposed one [in, sum of out] (or its bias).
+    Linears, "split_columns" a transposed one [in, sum of out] (or its bias), and "as_row" makes a vector a matrix of one row.
+    With `beside` or `without` the row is for models that have, or lack, that parameter of ours.
     """
 
     theirs: str
     ours: tuple[str, ...]
     change: str = "rename"
+    beside: str | None = None
+    without: str | None = None
 
 
-def row(theirs: str, *ours: str, change: str = "rename") -> Row:
-    return Row(theirs, ours, change)
+def row(
+    theirs: str, *ours: str, change: str = "rename", beside: str | None = None, without: str | None = None
+) -> Row:
+    return Row(theirs, ours, change, beside, without)
 
 
 def rope_from_hf(hf: dict) -> Rope:
