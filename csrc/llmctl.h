@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 3
+#define LLMCTL_ABI 4
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -35,6 +35,18 @@ enum {
     LLMCTL_CPU_NEON = 1 << 7
 };
 LLMCTL_API uint64_t llmctl_cpu_features(void);
+
+/* The instruction set that the kernels chosen at run time use: scalar, avx2, avx512 or avx512_bf16. By default the best
+ * that the processor runs; null goes back to it. One that it lacks is refused. */
+LLMCTL_API int llmctl_set_isa(const char* name);
+LLMCTL_API const char* llmctl_isa(void);
+
+/* How many threads a kernel may use, the caller's among them: 0, as in the beginning, is one for each physical core
+ * that the process may run on. The threads are started when first needed and live as long as the process; after a fork
+ * the child starts its own. Calls from several threads at once are safe: one of them has the pool, the others do
+ * without. */
+LLMCTL_API int llmctl_set_threads(int32_t n_threads);
+LLMCTL_API int32_t llmctl_threads(void);
 
 /* How a byte-level BPE tokenizer cuts a text into words before it merges. */
 enum {
@@ -73,25 +85,32 @@ enum {
     LLMCTL_BF16 = 1
 };
 
+/* out = x weight^T + bias for x [n_rows, n_in], weight [n_out, n_in], bias [n_out] or null and out [n_rows, n_out]; the
+ * strides count elements from row to row. An element of out depends on its own row of x and of weight alone, to the
+ * last bit: neither on n_rows nor on the number of threads. */
+LLMCTL_API int llmctl_linear(int32_t dtype, const void* x, int64_t x_stride, const void* weight, int64_t weight_stride,
+                             const void* bias, void* out, int64_t out_stride, int64_t n_rows, int64_t n_in,
+                             int64_t n_out);
+
 /* Cross-entropy of each row of logits [n_rows, n_columns] (contiguous) with its target, plus z_loss * log(Z)^2, into
  * losses [n_rows]; the logits are overwritten with the gradient of the summed losses. A negative target is not
  * learned: loss and gradient 0. A row with NaN or infinity gives the loss NaN. */
 LLMCTL_API int llmctl_cross_entropy(int32_t dtype, void* logits, int64_t n_rows, int64_t n_columns,
-                                    const int64_t* targets, float z_loss, int32_t n_threads, float* losses);
+                                    const int64_t* targets, float z_loss, float* losses);
 
 /* Attention's softmax. Row r of scores [n_rows, n_columns] (contiguous) belongs to query q = r % n_queries, which may
  * attend to the columns begin[q] to end[q] - 1 (none where begin[q] >= end[q]). scores become softmax(scale * scores)
  * over those columns and 0 elsewhere; log_sums [n_rows] gets the logarithm of each softmax's denominator. */
 LLMCTL_API int llmctl_attention_softmax(int32_t dtype, void* scores, int64_t n_rows, int64_t n_columns,
                                         const int32_t* begin, const int32_t* end, int64_t n_queries, float scale,
-                                        int32_t n_threads, float* log_sums);
+                                        float* log_sums);
 
 /* Its gradient: scores become the probabilities again, from log_sums; grads, on entry the loss's derivative by each
  * probability, become that by each score. deltas [n_rows] is the sum over a row of probability times derivative. */
 LLMCTL_API int llmctl_attention_softmax_backward(int32_t dtype, void* scores, void* grads, int64_t n_rows,
                                                  int64_t n_columns, const int32_t* begin, const int32_t* end,
                                                  int64_t n_queries, float scale, const float* log_sums,
-                                                 const float* deltas, int32_t n_threads);
+                                                 const float* deltas);
 
 #ifdef __cplusplus
 }

@@ -73,6 +73,7 @@ def _native() -> dict[str, object]:
         "abi": library.llmctl_abi_version(),
         "cuda": bool(library.llmctl_built_with_cuda()),
         "instruction_sets": native.cpu_features(),
+        "kernels_use": library.llmctl_isa().decode(),
     }
 
 

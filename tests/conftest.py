@@ -62,6 +62,20 @@ def data() -> Path:
     return DATA
 
 
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16"])
+def isa(request) -> str:
+    """Each instruction set that kernels are written for, forced in turn; skipped where the processor lacks it."""
+    from llmctl.ops import native
+
+    if not native.path().exists():
+        pytest.skip("the native library is not built")
+    library = native.load()
+    if library.llmctl_set_isa(request.param.encode()):
+        pytest.skip(library.llmctl_last_error().decode())
+    yield request.param
+    library.llmctl_set_isa(None)
+
+
 @pytest.fixture(scope="session")
 def some_texts() -> list[str]:
     """Two hundred short documents of few words, the same on every machine."""

@@ -130,3 +130,18 @@ def test_another_abi_is_refused(monkeypatch, fresh):
     monkeypatch.setattr(native, "ABI", native.ABI + 1)
     with pytest.raises(UserError, match=f"has ABI {native.ABI - 1}, this package needs {native.ABI}"):
         native.load()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "cpu"])
+def test_an_instruction_set_that_cannot_be_used_is_refused(kernels, monkeypatch, fresh):
+    monkeypatch.setenv("LLMCTL_KERNELS", kernels)
+    monkeypatch.setenv("LLMCTL_ISA", "avx1024")
+    with pytest.raises(CalledWrongly, match="LLMCTL_ISA=avx1024: .* expected one of scalar, "):
+        native.library()
+
+
+def test_the_chosen_instruction_set_is_used(monkeypatch, fresh):
+    monkeypatch.setenv("LLMCTL_ISA", "scalar")
+    library = native.library()
+    assert library.llmctl_isa() == b"scalar"
+    library.llmctl_set_isa(None)

@@ -103,13 +103,13 @@ void check_spans(const Spans& s, int64_t n_columns) {
 }  // namespace llmctl
 
 int llmctl_attention_softmax(int32_t dtype, void* scores, int64_t n_rows, int64_t n_columns, const int32_t* begin,
-                             const int32_t* end, int64_t n_queries, float scale, int32_t n_threads, float* log_sums) {
+                             const int32_t* end, int64_t n_queries, float scale, float* log_sums) {
     using namespace llmctl;
     return guarded([&] {
         check_dtype(dtype);
         const Spans spans{begin, end, n_queries};
         check_spans(spans, n_columns);
-        for_rows(n_rows, n_threads, [=](int64_t first, int64_t last) {
+        for_rows(n_rows, [=](int64_t first, int64_t last) {
             if (dtype == LLMCTL_F32) {
                 forward(static_cast<float*>(scores), first, last, n_columns, spans, scale, log_sums);
             } else {
@@ -121,13 +121,13 @@ int llmctl_attention_softmax(int32_t dtype, void* scores, int64_t n_rows, int64_
 
 int llmctl_attention_softmax_backward(int32_t dtype, void* scores, void* grads, int64_t n_rows, int64_t n_columns,
                                       const int32_t* begin, const int32_t* end, int64_t n_queries, float scale,
-                                      const float* log_sums, const float* deltas, int32_t n_threads) {
+                                      const float* log_sums, const float* deltas) {
     using namespace llmctl;
     return guarded([&] {
         check_dtype(dtype);
         const Spans spans{begin, end, n_queries};
         check_spans(spans, n_columns);
-        for_rows(n_rows, n_threads, [=](int64_t first, int64_t last) {
+        for_rows(n_rows, [=](int64_t first, int64_t last) {
             if (dtype == LLMCTL_F32) {
                 backward(static_cast<float*>(scores), static_cast<float*>(grads), first, last, n_columns, spans, scale,
                          log_sums, deltas);

@@ -42,9 +42,8 @@ LLMCTL_FOR_EACH_ISA void some_rows(Bf16* rows, int64_t n_rows, int64_t n, const 
 }
 
 template <class T>
-void all_rows(T* logits, int64_t n_rows, int64_t n, const int64_t* targets, float z_loss, int32_t n_threads,
-              float* losses) {
-    for_rows(n_rows, n_threads, [=](int64_t first, int64_t last) {
+void all_rows(T* logits, int64_t n_rows, int64_t n, const int64_t* targets, float z_loss, float* losses) {
+    for_rows(n_rows, [=](int64_t first, int64_t last) {
         some_rows(logits + first * n, last - first, n, targets + first, z_loss, losses + first);
     });
 }
@@ -53,7 +52,7 @@ void all_rows(T* logits, int64_t n_rows, int64_t n, const int64_t* targets, floa
 }  // namespace llmctl
 
 int llmctl_cross_entropy(int32_t dtype, void* logits, int64_t n_rows, int64_t n_columns, const int64_t* targets,
-                         float z_loss, int32_t n_threads, float* losses) {
+                         float z_loss, float* losses) {
     using namespace llmctl;
     return guarded([&] {
         check_dtype(dtype);
@@ -61,9 +60,9 @@ int llmctl_cross_entropy(int32_t dtype, void* logits, int64_t n_rows, int64_t n_
             if (targets[i] >= n_columns) throw std::out_of_range("a target is beyond the vocabulary");
         }
         if (dtype == LLMCTL_F32) {
-            all_rows(static_cast<float*>(logits), n_rows, n_columns, targets, z_loss, n_threads, losses);
+            all_rows(static_cast<float*>(logits), n_rows, n_columns, targets, z_loss, losses);
         } else {
-            all_rows(static_cast<Bf16*>(logits), n_rows, n_columns, targets, z_loss, n_threads, losses);
+            all_rows(static_cast<Bf16*>(logits), n_rows, n_columns, targets, z_loss, losses);
         }
     });
 }

@@ -13,18 +13,17 @@ from collections.abc import Iterator
 import torch
 
 from llmctl.ops import native
+from llmctl.ops.dispatch import DTYPES, cpu_library
 
 QUERIES_PER_BLOCK = 256
 SCORES_PER_BLOCK = 1 << 22
 """Heads are taken together as long as their scores stay in the last-level cache."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-
 
 def applies(q_BHTK: torch.Tensor, is_packed: bool) -> bool:
     """Where it is the better choice: bfloat16 (torch's float32 kernel is as fast), or packed documents in either dtype."""
-    fits = q_BHTK.device.type == "cpu" and q_BHTK.dtype in _DTYPES and (is_packed or q_BHTK.dtype == torch.bfloat16)
-    return fits and native.library() is not None
+    fits = q_BHTK.device.type == "cpu" and q_BHTK.dtype in DTYPES and (is_packed or q_BHTK.dtype == torch.bfloat16)
+    return fits and cpu_library() is not None
 
 
 def causal_attention(
@@ -44,7 +43,7 @@ def _forward(
     for block in _blocks(q, k, first_keys):
         scores = block.queries(q) @ block.keys(k).mT
         sums = scores.new_empty(scores.shape[:2], dtype=torch.float32)
-        numbers = [q.shape[-1] ** -0.5, torch.get_num_threads(), sums.data_ptr()]
+        numbers = [q.shape[-1] ** -0.5, sums.data_ptr()]
         _call("llmctl_attention_softmax", block, [scores], numbers)
         block.queries_view(out).copy_((scores @ block.keys(v)).unflatten(1, block.group_shape))
         block.queries_view(log_sums.unsqueeze(-1)).copy_(sums.unflatten(1, block.group_shape).unsqueeze(-1))
@@ -73,7 +72,7 @@ def _backward(
         queries, outward = block.queries(q), block.queries(grad_out)
         scores, grads = queries @ block.keys(k).mT, outward @ block.keys(v).mT
         sums, delta = block.queries(log_sums.unsqueeze(-1)), block.queries(deltas)
-        numbers = [q.shape[-1] ** -0.5, sums.data_ptr(), delta.data_ptr(), torch.get_num_threads()]
+        numbers = [q.shape[-1] ** -0.5, sums.data_ptr(), delta.data_ptr()]
         _call("llmctl_attention_softmax_backward", block, [scores, grads], numbers)
         block.keys(grad_v).add_(scores.mT @ outward)
         block.keys(grad_k).add_(grads.mT @ queries)
@@ -150,5 +149,5 @@ def _call(name: str, block: _Block, matrices: list[torch.Tensor], numbers: list)
     rows, queries, keys = matrices[0].shape
     spans = [block.begin.data_ptr(), block.end.data_ptr(), len(block.begin)]
     pointers = [matrix.data_ptr() for matrix in matrices]
-    dtype = _DTYPES[matrices[0].dtype]
-    native.call(native.library(), name, dtype, *pointers, rows * queries, keys, *spans, *numbers)
+    dtype = DTYPES[matrices[0].dtype]
+    native.call(cpu_library(), name, dtype, *pointers, rows * queries, keys, *spans, *numbers)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from llmctl.ops import native
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+from llmctl.ops.dispatch import DTYPES, cpu_library
 
 
 def cross_entropy_(logits_NV: torch.Tensor, targets_N: torch.Tensor, z_loss: float = 0.0) -> torch.Tensor:
@@ -14,7 +13,7 @@ def cross_entropy_(logits_NV: torch.Tensor, targets_N: torch.Tensor, z_loss: flo
 
     Targets are int64; a negative one is not learned: loss and gradient 0.
     """
-    library = native.library() if logits_NV.device.type == "cpu" and logits_NV.dtype in _DTYPES else None
+    library = cpu_library() if logits_NV.device.type == "cpu" and logits_NV.dtype in DTYPES else None
     if library is None or not logits_NV.is_contiguous():
         return reference_(logits_NV, targets_N, z_loss)
     targets_N = targets_N.contiguous()
@@ -22,12 +21,11 @@ def cross_entropy_(logits_NV: torch.Tensor, targets_N: torch.Tensor, z_loss: flo
     native.call(
         library,
         "llmctl_cross_entropy",
-        _DTYPES[logits_NV.dtype],
+        DTYPES[logits_NV.dtype],
         logits_NV.data_ptr(),
         *logits_NV.shape,
         targets_N.data_ptr(),
         z_loss,
-        torch.get_num_threads(),
         losses_N.data_ptr(),
     )
     return losses_N

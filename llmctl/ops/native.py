@@ -13,7 +13,7 @@ from llmctl.errors import CalledWrongly, UserError
 
 log = logging.getLogger("llmctl")
 
-ABI = 3
+ABI = 4
 CHOICES = ("auto", "cuda", "cpu", "reference")
 HINT = "install the package again with a C++ compiler at hand, or set LLMCTL_KERNELS=auto"
 
@@ -26,14 +26,19 @@ SIGNATURES = {
     "llmctl_last_error": [STR],
     "llmctl_built_with_cuda": [INT],
     "llmctl_cpu_features": [U64],
+    "llmctl_set_isa": [INT, STR],
+    "llmctl_isa": [STR],
+    "llmctl_set_threads": [INT, I32],
+    "llmctl_threads": [I32],
     "llmctl_bpe_create": [INT, I32, PTR, PTR, I64, PTR],
     "llmctl_bpe_destroy": [None, PTR],
     "llmctl_bpe_add_words": [INT, PTR, PTR, PTR, PTR, I64],
     "llmctl_bpe_add_tokens": [INT, PTR, PTR, PTR, PTR, I64],
     "llmctl_bpe_encode": [INT, PTR, PTR, PTR, I64, PTR, I64, PTR, I64, I32, PTR, PTR],
-    "llmctl_cross_entropy": [INT, I32, PTR, I64, I64, PTR, F32, I32, PTR],
-    "llmctl_attention_softmax": [INT, I32, PTR, I64, I64, PTR, PTR, I64, F32, I32, PTR],
-    "llmctl_attention_softmax_backward": [INT, I32, PTR, PTR, I64, I64, PTR, PTR, I64, F32, PTR, PTR, I32],
+    "llmctl_linear": [INT, I32, PTR, I64, PTR, I64, PTR, PTR, I64, I64, I64, I64],
+    "llmctl_cross_entropy": [INT, I32, PTR, I64, I64, PTR, F32, PTR],
+    "llmctl_attention_softmax": [INT, I32, PTR, I64, I64, PTR, PTR, I64, F32, PTR],
+    "llmctl_attention_softmax_backward": [INT, I32, PTR, PTR, I64, I64, PTR, PTR, I64, F32, PTR, PTR],
 }
 
 # Bit by bit, the LLMCTL_CPU_* of csrc/llmctl.h.
@@ -62,6 +67,8 @@ def _library(choice: str) -> ctypes.CDLL | None:
         return None
     try:
         native = load()
+    except CalledWrongly:
+        raise
     except UserError as error:
         if choice != "auto":
             raise UserError(f"LLMCTL_KERNELS={choice}: {error.message}", hint=error.hint) from error
@@ -80,7 +87,10 @@ def path() -> Path:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """The library with every signature declared; raises UserError where it is missing or of another version."""
+    """The library with every signature declared and the instruction set that LLMCTL_ISA names.
+
+    Raises UserError where it is missing or of another version, CalledWrongly for an instruction set that it cannot use.
+    """
     try:
         native = ctypes.CDLL(str(path()))
     except OSError as error:
@@ -91,7 +101,16 @@ def load() -> ctypes.CDLL:
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(native, name)
         function.restype, function.argtypes = result, arguments
+    isa = os.environ.get("LLMCTL_ISA")
+    if isa and native.llmctl_set_isa(isa.encode()):
+        raise CalledWrongly(f"LLMCTL_ISA={isa}: {native.llmctl_last_error().decode()}")
     return native
+
+
+@functools.cache
+def has_fast_kernels() -> bool:
+    """Whether the CPU kernels have vector instructions to work with, or scalar code was asked for by its name."""
+    return load().llmctl_isa() != b"scalar" or os.environ.get("LLMCTL_ISA") == "scalar"
 
 
 def call(native: ctypes.CDLL, name: str, *arguments: object) -> None:

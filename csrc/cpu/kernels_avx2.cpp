@@ -1,0 +1,8 @@
+#include "cpu/kernels.h"
+#include "cpu/linear_tile.h"
+#include "cpu/simd/avx2.h"
+
+const llmctl::Kernels llmctl::avx2_kernels = {
+    linear_piece<FloatDot<Avx2, float>, 3>,
+    linear_piece<FloatDot<Avx2, Bf16>, 3>,
+};

@@ -1,0 +1,8 @@
+#include "cpu/kernels.h"
+#include "cpu/linear_tile.h"
+#include "cpu/simd/avx512_bf16.h"
+
+const llmctl::Kernels llmctl::avx512_bf16_kernels = {
+    linear_piece<FloatDot<Avx512, float>, 6>,
+    linear_piece<Bf16Dot, 6>,
+};

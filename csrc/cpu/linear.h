@@ -1,0 +1,28 @@
+// out = x weight^T + bias: what is multiplied, and the piece of it that a thread does at a time.
+#pragma once
+
+#include <cstdint>
+
+namespace llmctl {
+
+// x [n_rows, n_in], weight [n_out, n_in], bias [n_out] or null, out [n_rows, n_out]; strides count elements from row to
+// row.
+struct Linear {
+    const void* x;
+    const void* weight;
+    const void* bias;
+    void* out;
+    int64_t n_rows, n_in, n_out;
+    int64_t x_stride, weight_stride, out_stride;
+};
+
+// A stretch of rows and of outputs, none empty. Its sums lie in a thread's stack, its weights in the second-level
+// cache.
+struct LinearPiece {
+    int64_t first_row, last_row, first_out, last_out;
+};
+constexpr int64_t linear_max_rows = 192, linear_max_outs = 64;
+
+using LinearKernel = void (*)(const Linear&, const LinearPiece&);
+
+}  // namespace llmctl

@@ -1,0 +1,23 @@
+// Products of pairs of bfloat16, added up in floats.
+#pragma once
+
+#include "cpu/simd/avx512.h"
+
+namespace llmctl {
+namespace {
+
+struct Bf16Dot {
+    using Simd = Avx512;
+    using Element = Bf16;
+    using Operand = __m512bh;
+    static constexpr int step = 32;
+
+    static LLMCTL_INLINE Operand load(const Bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static LLMCTL_INLINE Operand load_some(const Bf16* p, int n) {
+        return (__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1u << n) - 1), p);
+    }
+    static LLMCTL_INLINE __m512 multiply_add(Operand a, Operand b, __m512 sum) { return _mm512_dpbf16_ps(sum, a, b); }
+};
+
+}  // namespace
+}  // namespace llmctl

@@ -1,0 +1,45 @@
+"""When an operation goes to the CPU kernels."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import nn
+
+from llmctl.ops import native
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""LLMCTL_F32 and LLMCTL_BF16 of csrc/llmctl.h."""
+
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def is_inference(*tensors: torch.Tensor | None) -> bool:
+    """Whether a kernel without a gradient may take these: plain tensors of one dtype that it knows, on the CPU, and neither
+    a gradient nor autocast is asked for."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.dtype not in DTYPES or torch.is_autocast_enabled("cpu"):
+        return False
+    needs_grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if tensor.dtype != first.dtype or type(tensor) not in _PLAIN or (needs_grad and tensor.requires_grad):
+            return False
+    return True
+
+
+def cpu_library() -> ctypes.CDLL | None:
+    """The library with as many threads as torch has, or None where LLMCTL_KERNELS wants plain torch."""
+    library = native.library()
+    if library is not None:
+        library.llmctl_set_threads(torch.get_num_threads())
+    return library
+
+
+def inference_library() -> ctypes.CDLL | None:
+    """The same for kernels that compete with torch's own vector code: None where `auto` finds but scalar code of ours."""
+    if native.chosen_kernels() == "auto" and native.library() is not None and not native.has_fast_kernels():
+        return None
+    return cpu_library()
