@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -104,3 +105,18 @@ def write_tokens():
         return path
 
     return write
+
+
+@pytest.fixture
+def in_transformers(tmp_path_factory):
+    """`in_transformers(tokenizer, model_type=None)`: what AutoTokenizer makes of the files that we save."""
+    transformers = pytest.importorskip("transformers")
+
+    def reopen(tokenizer, model_type: str | None = None):
+        directory = tmp_path_factory.mktemp("saved")
+        tokenizer.save(directory)
+        if model_type:
+            (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+        return transformers.AutoTokenizer.from_pretrained(directory)
+
+    return reopen

@@ -234,7 +234,7 @@ def test_a_bare_file_has_the_usual_end_of_text(trained, tmp_path, caplog):
     ("name", "content", "message"),
     [
         ("tokenizer.model", b"\n\x0b", "not a SentencePiece model"),
-        ("tokenizer.model", b"", "it holds no pieces"),
+        ("tokenizer.model", b"", "it lacks the pieces"),
         ("vocab.txt", b"[PAD]\n", "no token \\[UNK\\] for unknown words"),
         ("vocab.txt", b"[UNK]\n\n[CLS]\n", "line 2 holds no token"),
         ("cl100k_base.tiktoken", b"IQ== 0\n", "the byte 0x00 has no rank"),

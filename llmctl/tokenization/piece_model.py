@@ -70,8 +70,6 @@ def parse(data: bytes) -> PieceModel:
         raise UserError(
             f"not a SentencePiece model: {error}", hint="the file may be cut short; fetch it again"
         ) from error
-    if not model.pieces:
-        raise UserError("not a SentencePiece model: it holds no pieces")
     if sum(piece.kind == Kind.UNKNOWN for piece in model.pieces) != 1:
         raise UserError("not a SentencePiece model: it needs exactly one piece for the unknown")
     if len({piece.text for piece in model.pieces}) != len(model.pieces):
@@ -81,13 +79,17 @@ def parse(data: bytes) -> PieceModel:
 
 def _model(data: bytes) -> PieceModel:
     model = PieceModel()
+    found = set()
     for number, value in protobuf.fields(data):
+        found.add(number)
         if number == 1:
             model.pieces.append(_piece(value))
         elif number == 2:
             _trainer(model, value)
         elif number == 3:
             _normalizer(model, value)
+    if not found >= {1, 2, 3}:  # they stand in this order, so a file that was cut short lacks the last
+        raise ValueError("it lacks the pieces, the trainer's settings or the normalizer's")
     return model
 
 

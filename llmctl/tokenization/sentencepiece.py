@@ -9,7 +9,7 @@ import base64
 import re
 
 from llmctl.errors import UserError
-from llmctl.tokenization import added, byte_pairs, draft, piece_model
+from llmctl.tokenization import added, byte_pairs, charsmap, draft, piece_model
 from llmctl.tokenization.piece_model import Algorithm, Kind, PieceModel
 
 SPACE = "▁"
@@ -54,11 +54,20 @@ def _names(model: PieceModel) -> dict[str, str]:
 
 def _tokens(model: PieceModel) -> list[dict]:
     specials = [added.token(piece.text) for piece in model.of_kind(Kind.CONTROL, Kind.UNKNOWN)]
-    symbols = model.of_kind(Kind.USER_DEFINED)
-    # They are looked for after normalization, as sentencepiece does, where spaces are marks already.
-    return specials + [
-        added.token(piece.text, piece.text in _TURNS, normalized=piece.text not in _TURNS) for piece in symbols
-    ]
+    # Symbols are looked for after normalization, as sentencepiece does, where spaces are marks already.
+    return specials + [added.token(text, text in _TURNS, normalized=text not in _TURNS) for text in _symbols(model)]
+
+
+def _symbols(model: PieceModel) -> list[str]:
+    """User-defined pieces that are found in a text before it is taken apart; a unigram model takes them by their score."""
+    symbols = [piece.text for piece in model.of_kind(Kind.USER_DEFINED)]
+    if model.algorithm != Algorithm.UNIGRAM:
+        return symbols
+
+    def is_changed(text: str) -> bool:
+        return bool(model.charsmap) and any(charsmap.replacement(model.charsmap, each) is not None for each in text)
+
+    return [text for text in symbols if text in _TURNS or is_changed(text)]
 
 
 def _add_sentinels(made: draft.Draft, n_sentinels: int) -> None:
@@ -70,12 +79,12 @@ def _add_sentinels(made: draft.Draft, n_sentinels: int) -> None:
 
 
 def _unigram(model: PieceModel) -> dict:
-    # Sentencepiece never takes an unused piece; no sum of other pieces costs as much as this.
-    scores = [piece.score - (1000 if piece.kind == Kind.UNUSED else 0) for piece in model.pieces]
+    # What sentencepiece gives a symbol, and what is less than any sum of pieces, since it never takes an unused one.
+    instead = {Kind.USER_DEFINED: -0.1, Kind.UNUSED: -1e6}
     return {
         "type": "Unigram",
         "unk_id": model.unknown_id(),
-        "vocab": [[piece.text, score] for piece, score in zip(model.pieces, scores)],
+        "vocab": [[piece.text, instead.get(piece.kind, piece.score)] for piece in model.pieces],
         "byte_fallback": bool(model.of_kind(Kind.BYTE)),
     }
 
@@ -98,10 +107,13 @@ def _normalizers(model: PieceModel) -> list[dict]:
     steps = []
     if model.charsmap:
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(model.charsmap).decode()})
+        if charsmap.composes(model.charsmap):
+            # The library looks up single characters and few sequences; the table's sequences are mostly those of NFC.
+            steps = [{"type": "NFC"}, *steps, {"type": "NFC"}]
     if model.remove_extra_whitespaces:
         steps += [_replace({"Regex": rf"\A +|[ {SPACE}]+\z"}, ""), _replace({"Regex": " {2,}"}, " ")]
     if model.add_dummy_prefix:
-        symbols = [_pattern(piece.text) for piece in model.of_kind(Kind.USER_DEFINED)]
+        symbols = [_pattern(text) for text in _symbols(model)]
         # A normalizer is given each symbol too, which has to stay what it is.
         apart = rf"(?!(?:{'|'.join(symbols)})\z)"
         prefix = _replace({"Regex": rf"\A{apart}(?=[\s\S])"}, SPACE)
@@ -111,11 +123,11 @@ def _normalizers(model: PieceModel) -> list[dict]:
 
 def _pre_tokenizer(model: PieceModel) -> dict | None:
     """Cuts where no piece can reach across; words that were seen before are then looked up, not merged again."""
-    normal = [piece.text for piece in model.of_kind(Kind.NORMAL, Kind.UNUSED)]
+    whole = [piece.text for piece in model.of_kind(Kind.NORMAL, Kind.UNUSED, Kind.USER_DEFINED)]
     steps = []
-    if SPACE in normal and not any(SPACE in text[1:] for text in normal):
+    if SPACE in whole and not any(SPACE in text[1:] for text in whole):
         steps.append({"type": "Split", "pattern": {"String": SPACE}, "behavior": "MergedWithNext", "invert": False})
-    elif SPACE in normal and not any(re.search(f"[^{SPACE}]{SPACE}", text) for text in normal):
+    elif SPACE in whole and not any(re.search(f"[^{SPACE}]{SPACE}", text) for text in whole):
         words = {"Regex": f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"}
         steps.append({"type": "Split", "pattern": words, "behavior": "Isolated", "invert": False})
     if model.algorithm == Algorithm.UNIGRAM:
@@ -124,14 +136,24 @@ def _pre_tokenizer(model: PieceModel) -> dict | None:
 
 
 def _apart(model: PieceModel) -> dict:
-    """Cuts behind the first character of what is spelled like a piece that text never becomes, "</s>" say.
+    """Cuts inside of what is spelled like a piece that text never becomes, "</s>" say.
 
     The library's unigram model knows no kinds of pieces: it would take them from the text.
     """
-    texts = [piece.text for piece in model.of_kind(Kind.CONTROL, Kind.UNKNOWN)]
+    normal = [piece.text for piece in model.of_kind(Kind.NORMAL)]
+    pairs = {text[i : i + 2] for text in normal for i in range(len(text) - 1)}
+    single = {text for text in normal if len(text) == 1}
+
+    def cost(text: str, place: int) -> bool:
+        """Whether a cut there may change how the rest is taken apart: of a piece, or of a stretch of unknowns."""
+        return text[place - 1 : place + 1] in pairs or single.isdisjoint(text[place - 1 : place + 1])
+
     rests: dict[str, list[str]] = {}
-    for text in texts:
-        rests.setdefault(text[0], []).append(_pattern(text[1:]))
+    for piece in model.of_kind(Kind.CONTROL, Kind.UNKNOWN):
+        text = piece.text
+        place = min(range(1, len(text)), key=lambda place, text=text: cost(text, place), default=None)
+        if place is not None:
+            rests.setdefault(text[:place], []).append(_pattern(text[place:]))
     if model.of_kind(Kind.BYTE):
         rests.setdefault("<", []).append("0x[0-9A-F]{2}>")
     pattern = "|".join(f"{_pattern(first)}(?={'|'.join(rest)})" for first, rest in rests.items())
