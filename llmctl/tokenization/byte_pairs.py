@@ -79,6 +79,9 @@ def _merges(text: str, vocab: dict[str, int]) -> list[list[str]]:
         if missing is not None:
             raise UserError(f"merges.txt, line {number}: {missing!r} is not in vocab.json")
         merges.append(parts)
-    if not merges and len(vocab) > 256 + 64:
-        raise UserError("merges.txt holds no merges")
+    word = next((token for token in vocab if token.startswith("Ġ") and len(token) > 1), None)
+    if not merges and word is not None:
+        raise UserError(
+            f"merges.txt holds no merges, of which a token like {word!r} is made", hint="is the file whole?"
+        )
     return merges

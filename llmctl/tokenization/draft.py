@@ -77,8 +77,8 @@ def finished(draft: Draft, config: dict) -> tuple[str, dict]:
     config = {key: value for key, value in config.items() if key not in _STALE} | _roles_with_flags(tokens, config)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.setdefault("clean_up_tokenization_spaces", False)
-    if not draft.pair_type:
-        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    types = ["token_type_ids"] if draft.pair_type else []
+    config.setdefault("model_input_names", ["input_ids", *types, "attention_mask"])
     return json.dumps(spec, ensure_ascii=False), config
 
 

@@ -73,7 +73,9 @@ def _bert(vocab: dict[str, int], config: dict) -> draft.Draft:
 def _esm(vocab: dict[str, int]) -> draft.Draft:
     specials = set(ESM_NAMES.values())
     pieces = sorted((token for token in vocab if token not in specials), key=len, reverse=True)
-    residues = {"Regex": "|".join(map(_escaped, pieces))}
+    # A special token of a corpus is text, which is no residue; cut in two it is not taken for one either.
+    marks = [f"{_escaped(token[0])}(?={_escaped(token[1:])})" for token in sorted(specials & vocab.keys())]
+    residues = {"Regex": "|".join([*map(_escaped, pieces), *marks])}
     return draft.Draft(
         vocab,
         {"type": "WordLevel", "vocab": vocab, "unk_token": ESM_NAMES["unk_token"]},
@@ -89,7 +91,6 @@ def _esm(vocab: dict[str, int]) -> draft.Draft:
         decoder={"type": "Fuse"},
         front=("cls_token",),
         back=("eos_token",),
-        between=(),
     )
 
 
