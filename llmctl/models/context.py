@@ -64,6 +64,21 @@ class Context:
             return (self.columns_T - self.starts_B[:, None]).clamp(min=0)
         return None
 
+    @property
+    def end(self) -> int:
+        """How many tokens a row has with these, padding and other documents counted."""
+        return self.offset + self.length
+
+    @property
+    def text_lengths_BT(self) -> torch.Tensor | None:
+        """How long each token's own text is so far, or None where all are `end` tokens long; each dimension may be 1."""
+        if self._first_BT is not None:
+            return self._last_BT - self._first_BT + 1
+        if self.starts_B is None and self.ends_B is None:
+            return None
+        starts_B = torch.zeros_like(self.ends_B) if self.starts_B is None else self.starts_B
+        return ((self.end if self.ends_B is None else self.ends_B) - starts_B)[:, None]
+
     def record(self, hidden_BTD: torch.Tensor) -> None:
         if self.recorded_hidden is not None:
             self.recorded_hidden.append(hidden_BTD)

@@ -60,15 +60,33 @@ class Moe(nn.Module):
         weights_NC, chosen_NC = probabilities_NE.topk(self.spec.top_k, dim=-1)
         if self.spec.normalize:
             weights_NC = weights_NC / weights_NC.sum(-1, keepdim=True)
+        counts_E = torch.bincount(chosen_NC.flatten(), minlength=self.spec.n_experts)
+        # A token and one of its choices make a pair; in the order of the experts, each has its pairs side by side.
+        pairs_M = chosen_NC.flatten().argsort(stable=True)
         y_ND = torch.zeros_like(x_ND)
-        for number, expert in enumerate(self.experts):
-            rows_M, choice_M = (chosen_NC == number).nonzero(as_tuple=True)
-            weighted_MD = expert(x_ND[rows_M]) * weights_NC[rows_M, choice_M, None].to(x_ND.dtype)
-            y_ND = y_ND.index_add(0, rows_M, weighted_MD.to(y_ND.dtype))
+        for expert, some_M in zip(self.experts, pairs_M.split(counts_E.tolist())):
+            if len(some_M) or self.training:  # in training every expert gets a gradient, if only zeros
+                rows_M, weights_M1 = some_M // self.spec.top_k, weights_NC.flatten()[some_M, None]
+                y_ND = y_ND.index_add(0, rows_M, (expert(x_ND[rows_M]) * weights_M1).to(y_ND.dtype))
         if self.training:
-            chosen_E = torch.zeros_like(probabilities_NE).scatter_(1, chosen_NC, 1.0).mean(0)
-            self.routing = chosen_E, probabilities_NE.mean(0)
+            self.routing = counts_E / len(x_ND), probabilities_NE.mean(0)
         return y_ND.view_as(x_BTD)
+
+
+def balance_loss(model: nn.Module) -> torch.Tensor | None:
+    """How unevenly the last forward in training used the experts, times its coefficient; None without experts.
+
+    As transformers has it: n_experts * sum over experts of (share of tokens * mean probability), both over the routers of
+    all layers together (arXiv:2101.03961, equation 4). Taken once: what it is made of is let go.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, Moe) and layer.routing is not None]
+    if not layers:
+        return None
+    shares_LE, probabilities_LE = (torch.stack(parts) for parts in zip(*(layer.routing for layer in layers)))
+    for layer in layers:
+        layer.routing = None
+    spec = layers[0].spec
+    return spec.balance_loss * spec.n_experts * (shares_LE.mean(0) @ probabilities_LE.mean(0))
 
 
 def build(spec: config.Mlp | config.GatedMlp | config.Moe, d_model: int) -> nn.Module:

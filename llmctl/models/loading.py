@@ -19,6 +19,9 @@ from llmctl.models.language_model import LanguageModel
 from llmctl.models.masked_lm import MaskedLM
 from llmctl.models.seq2seq_lm import Seq2SeqLM
 
+SUPERSEDED = ("rope_parameters",)
+"""Spellings of transformers 5 for what we write as every release reads it; both together would contradict each other."""
+
 
 def read_config(path: str | Path) -> ModelConfig:
     """The model's shape from `config.json` (or a directory that holds one)."""
@@ -91,7 +94,7 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict:
     name = str(dtype).removeprefix("torch.")
     ours = families.find(config.family).config_to_hf(config)
     merged = {**config.hf, **ours, "torch_dtype": name, "dtype": name}
-    return {key: value for key, value in merged.items() if value is not None}
+    return {key: value for key, value in merged.items() if key not in SUPERSEDED}
 
 
 def save_model(model: LanguageModel, directory: str | Path) -> None:

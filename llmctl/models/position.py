@@ -8,16 +8,18 @@ import math
 import torch
 from torch import nn
 
-from llmctl.errors import UserError
-from llmctl.models import config
+from llmctl.models import config, rope_scaling
 
 
 class RotaryTable(nn.Module):
-    """cos and sin of position x frequency, float32, computed once and grown when a longer sequence comes."""
+    """cos and sin of position x frequency, float32, computed once and grown when a longer sequence comes.
 
-    def __init__(self, rope: config.Rope, head_dim: int, max_positions: int | None):
+    Where the angles depend on the length of the text, nothing is kept.
+    """
+
+    def __init__(self, rope: config.Rope, head_dim: int):
         super().__init__()
-        self.rope, self.dims, self.max_positions = rope, rope.dims or head_dim, max_positions
+        self.rope, self.dims = rope, rope.dims or head_dim
         if rope.stored:
             self.register_buffer("frequencies", torch.empty(self.dims // 2))
         self._cos = self._sin = torch.empty(0, self.dims)
@@ -25,49 +27,44 @@ class RotaryTable(nn.Module):
     def reset_buffers(self) -> None:
         """What a checkpoint that lacks the frequencies means by them."""
         if self.rope.stored:
-            self.frequencies = rotary_frequencies(self.rope, self.dims)
+            self.frequencies = rope_scaling.frequencies(self.rope, self.dims)
 
-    def lookup(self, positions_BT: torch.Tensor | None, offset: int, end: int, device: torch.device):
-        """(cos, sin) of shape [T, K] for positions `offset` to `end`, or [B, 1, T, K] where rows have their own."""
+    def lookup(
+        self,
+        positions_BT: torch.Tensor | None,
+        lengths_BT: torch.Tensor | None,
+        offset: int,
+        end: int,
+        device: torch.device,
+    ):
+        """(cos, sin) of shape [T, K] for positions `offset` to `end`, or [B, 1, T, K] where rows have their own.
+
+        `lengths_BT` are those of the tokens' texts so far, None where all are `end` long.
+        """
+        if rope_scaling.heeds_length(self.rope):
+            return self._of_lengths(positions_BT, lengths_BT, offset, end, device)
         if self._cos.shape[0] < end or self._cos.device != device:
             self._grow(max(end, 2 * self._cos.shape[0]), device)
         if positions_BT is None:
             return self._cos[offset:end], self._sin[offset:end]
         return self._cos[positions_BT].unsqueeze(1), self._sin[positions_BT].unsqueeze(1)
 
+    def _of_lengths(self, positions_BT, lengths_BT, offset: int, end: int, device: torch.device):
+        steps = torch.arange(offset, end, device=device) if positions_BT is None else positions_BT[:, None]
+        lengths = torch.tensor([end], device=device) if lengths_BT is None else lengths_BT[:, None]
+        frequencies = rope_scaling.frequencies(self.rope, self.dims, lengths)
+        return self._turns(steps[..., None].float() * frequencies)
+
     def _grow(self, length: int, device: torch.device) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            frequencies = self.frequencies if self.rope.stored else rotary_frequencies(self.rope, self.dims)
+            frequencies = self.frequencies if self.rope.stored else rope_scaling.frequencies(self.rope, self.dims)
             steps = torch.arange(length, device=device, dtype=torch.float32)
-            angles = torch.outer(steps, frequencies.to(device, torch.float32))
-            # The rotation pairs element i with i + K/2 (the Hugging Face layout), not neighbours.
-            self._cos, self._sin = (torch.cat([f, f], dim=-1) for f in (angles.cos(), angles.sin()))
+            self._cos, self._sin = self._turns(torch.outer(steps, frequencies.to(device, torch.float32)))
 
-
-def rotary_frequencies(rope: config.Rope, head_dim: int) -> torch.Tensor:
-    """Radians per position, [K / 2] float32: theta^(-2i/K), rescaled as `rope.scaling` says.
-
-    Raises UserError for a rope_type that llmctl does not have.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    frequencies = 1.0 / (rope.theta**exponents)
-    scaling = rope.scaling
-    if scaling is None:
-        return frequencies
-    if scaling["rope_type"] == "linear":
-        return frequencies / scaling["factor"]
-    if scaling["rope_type"] == "llama3":
-        return _llama3_frequencies(frequencies, scaling)
-    raise UserError(f"rope_type {scaling['rope_type']!r} is not supported", "supported: default, linear, llama3")
-
-
-def _llama3_frequencies(frequencies: torch.Tensor, scaling: dict) -> torch.Tensor:
-    """Llama 3.1's rule: long wavelengths are slowed by `factor`, short ones kept, those between interpolated."""
-    wavelengths = 2 * math.pi / frequencies
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    share = (scaling["original_max_position_embeddings"] / wavelengths - low) / (high - low)
-    share = share.clamp(0, 1)
-    return (1 - share) * frequencies / scaling["factor"] + share * frequencies
+    def _turns(self, angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # The rotation pairs element i with i + K/2 (the Hugging Face layout), not neighbours.
+        angles, size = torch.cat([angles, angles], dim=-1), rope_scaling.magnitude(self.rope)
+        return angles.cos() * size, angles.sin() * size
 
 
 def rotate(x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

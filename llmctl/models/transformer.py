@@ -71,12 +71,12 @@ class Stack(nn.Module):
     def run(self, x_BTD: torch.Tensor, context: Context, types_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The last layer's output after the final norm, [B, T, D], for scaled token embeddings; advances the cache."""
         x_BTD = self._drop(self.embed_norm(x_BTD + self._position_embeddings(context, types_BT)))
-        positions_BT, end = context.positions_BT, context.offset + context.length
+        where = (context.positions_BT, context.text_lengths_BT, context.offset, context.end, context.device)
         dtype = _rotation_dtype(x_BTD)
-        tables = (table.lookup(positions_BT, context.offset, end, context.device) for table in self.rotaries)
+        tables = (table.lookup(*where) for table in self.rotaries)
         context.rotations = [(cos.to(dtype), sin.to(dtype)) for cos, sin in tables]
         if self.relative_bias is not None:
-            context.bias_HTS = self.relative_bias(context.offset, end, context.device)
+            context.bias_HTS = self.relative_bias(context.offset, context.end, context.device)
         for layer in self.layers:
             context.record(x_BTD)
             if self.activation_checkpointing and self.training:
@@ -144,7 +144,7 @@ def _rotary_tables(config_: config.ModelConfig) -> tuple[list[RotaryTable], list
         if kind is not None and kind not in kinds:
             kinds.append(kind)
         numbers.append(None if kind is None else kinds.index(kind))
-    return [RotaryTable(*kind, max_positions=config_.max_positions) for kind in kinds], numbers
+    return [RotaryTable(*kind) for kind in kinds], numbers
 
 
 def _rotation_dtype(x_BTD: torch.Tensor) -> torch.dtype:

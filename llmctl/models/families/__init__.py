@@ -17,8 +17,9 @@ from llmctl.errors import UserError
 
 def modules() -> Iterator[ModuleType]:
     for entry in pkgutil.iter_modules(__path__):
-        if entry.name != "common":
-            yield importlib.import_module(f"{__name__}.{entry.name}")
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        if hasattr(module, "MODEL_TYPES"):  # the others hold what several families share
+            yield module
 
 
 def find(model_type: str | None) -> ModuleType:

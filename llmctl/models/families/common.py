@@ -1,10 +1,10 @@
-"""What the family files share: the rows of a weight table, activation names, and the two spellings of RoPE settings."""
+"""What the family files share: the rows of a weight table and the names of activations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmctl.models.config import Activation, Rope
+from llmctl.models.config import Activation
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -34,21 +34,5 @@ class Row:
     without: str | None = None
 
 
-def row(
-    theirs: str, *ours: str, change: str = "rename", beside: str | None = None, without: str | None = None
-) -> Row:
+def row(theirs: str, *ours: str, change: str = "rename", beside: str | None = None, without: str | None = None) -> Row:
     return Row(theirs, ours, change, beside, without)
-
-
-def rope_from_hf(hf: dict) -> Rope:
-    """Reads `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (before)."""
-    settings = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = settings.pop("rope_theta", None) or hf.get("rope_theta", 10000.0)
-    if "type" in settings:
-        settings["rope_type"] = settings.pop("type")
-    return Rope(theta, settings if settings.get("rope_type", "default") != "default" else None)
-
-
-def rope_to_hf(rope: Rope) -> dict:
-    """The older spelling, which every release of transformers and vllm reads."""
-    return {"rope_theta": rope.theta, "rope_scaling": rope.scaling, "rope_parameters": None}
