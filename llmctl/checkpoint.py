@@ -109,6 +109,10 @@ class TensorFiles:
         """The tensor, mapped from the file: its pages are read when they are used."""
         return self._entry(name).file.read(name)
 
+    def copy(self, name: str) -> torch.Tensor:
+        """The tensor, read into memory that is free again when the tensor is."""
+        return self._entry(name).file.copy(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
 
@@ -127,7 +131,7 @@ class TensorFiles:
 
     def lazy(self, name: str) -> LazyTensor:
         """The tensor as `save_tensors` takes it, so that a copy of a checkpoint needs the memory of one tensor."""
-        return LazyTensor(self.shape(name), self.dtype(name), lambda: self.get(name))
+        return LazyTensor(self.shape(name), self.dtype(name), lambda: self.copy(name))
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:

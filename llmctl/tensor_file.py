@@ -121,14 +121,31 @@ class MappedFile:
             raise corrupt(self.path, f"{name} ends at byte {end:,}, the file has {self.size:,}")
         return Entry(self, dtype, shape, begin, end)
 
-    def read(self, name: str) -> torch.Tensor:
+    def copy(self, name: str) -> torch.Tensor:
+        """The tensor in memory of its own, which goes with it: what is mapped counts as this process's until the end."""
         import torch
 
+        entry, dtype = self._sized(name)
+        raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(entry.begin)
+            view = memoryview(raw.numpy())
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+        return raw.view(dtype).view(entry.shape)
+
+    def _sized(self, name: str) -> tuple[Entry, torch.dtype]:
         entry = self.entries[name]
         dtype = torch_dtype(self.path, name, entry.dtype)
         if entry.end - entry.begin != math.prod(entry.shape) * dtype.itemsize:
             held = entry.end - entry.begin
             raise corrupt(self.path, f"{name} has {held:,} bytes for {entry.dtype} {list(entry.shape)}")
+        return entry, dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        import torch
+
+        entry, dtype = self._sized(name)
         if self._bytes is None:
             # A private mapping: pages are read when used, and a write in place never reaches the file.
             self._bytes = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)

@@ -14,10 +14,18 @@ from llmctl.models.loading import load_model  # noqa: E402
 
 SHAPE = dict(vocab_size=97, bos_token_id=0, eos_token_id=0)
 BASES = {
-    "llama": lambda: transformers.LlamaConfig(
-        **SHAPE, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    "llama": lambda **changes: transformers.LlamaConfig(
+        **SHAPE,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **changes,
     ),
-    "gpt2": lambda: transformers.GPT2Config(**SHAPE, n_positions=64, n_embd=48, n_layer=2, n_head=4),
+    "gpt2": lambda **changes: transformers.GPT2Config(
+        **SHAPE, n_positions=64, n_embd=48, n_layer=2, n_head=4, **changes
+    ),
 }
 
 
@@ -43,9 +51,9 @@ METHODS = {
 }
 
 
-def randomize(model):
+def randomize(model, seed=2):
     """Adapters begin as identities; a test wants them to do something."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -78,6 +86,7 @@ def test_peft_loads_ours_and_computes_the_same(base, tmp_path, method):
 
 def theirs_of(name):
     fused = name == "gpt2"
+    embedding = "wte" if fused else "embed_tokens"
     attention = ["c_attn"] if fused else ["q_proj", "v_proj"]
     return {
         "lora": peft.LoraConfig(
@@ -90,6 +99,7 @@ def theirs_of(name):
             r=4, use_dora=True, target_modules=attention, fan_in_fan_out=fused, task_type="CAUSAL_LM"
         ),
         "ia3": peft.IA3Config(task_type="CAUSAL_LM"),
+        "embeddings": peft.LoraConfig(r=4, target_modules=[embedding], task_type="CAUSAL_LM"),
         "saved": peft.LoraConfig(
             r=4, target_modules=attention, fan_in_fan_out=fused, modules_to_save=["lm_head"], task_type="CAUSAL_LM"
         ),

@@ -53,15 +53,19 @@ def save(model: nn.Module, method: methods.Method, directory: str | Path, base: 
     files.write_atomic(Path(directory) / "adapter_config.json", f"{json.dumps(config, indent=2)}\n".encode())
 
 
-def load(model: nn.Module, directory: str | Path) -> methods.Method:
-    """Attach the adapter of a PEFT directory, ours or anybody's. Raises UserError where it does not fit the model."""
-    config = read_config(directory)
-    method = methods.from_peft(config)
+def load(model: nn.Module, directory: str | Path, weight: float = 1.0) -> methods.Method:
+    """Attach the adapter of a PEFT directory, ours or anybody's, so that it counts `weight` times.
+
+    Raises UserError where it does not fit the model, or is of a kind that can only count once.
+    """
+    method = methods.from_peft(read_config(directory))
+    if weight != 1.0 and not (isinstance(method, methods.Lora) and not method.dora and not method.modules_to_save):
+        raise UserError(f"{directory}: only plain LoRA can be weighted, and this weight is {weight:g}")
     stored = checkpoint.open_tensors(directory, stem=STEM)
     tensors = {name.removeprefix(PREFIX): stored.get(name) for name in stored.keys()}
-    own = {name: tensor for name, tensor in tensors.items() if _is_adapters(name)}
+    own = {name: tensor for name, tensor in tensors.items() if is_adapters(name)}
     if isinstance(method, methods.Lora):
-        lora_files.from_peft(model, method, own)
+        lora_files.from_peft(model, method, own, weight)
     elif isinstance(method, methods.Ia3):
         ia3.from_peft(model, own)
     elif isinstance(method, methods.Bottleneck):
@@ -90,7 +94,8 @@ def _to_peft(model: nn.Module, method: methods.Method) -> tuple[dict[str, torch.
     return bottleneck.to_tensors(model), method
 
 
-def _is_adapters(name: str) -> bool:
+def is_adapters(name: str) -> bool:
+    """Whether a tensor of an adapter's file is the adapter's own, and not a whole tensor of the base that it replaces."""
     parts = (".lora_", ".ia3_l", ".down.", ".up.")
     return any(part in name for part in parts)
 

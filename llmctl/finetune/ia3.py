@@ -10,7 +10,7 @@ from torch import nn
 
 from llmctl.errors import UserError
 from llmctl.finetune.methods import Ia3
-from llmctl.finetune.sites import Site, adapted, by_their_name, choose, find_sites, replace, short_names
+from llmctl.finetune.sites import Site, adapted, by_their_name, choose, device_for, find_sites, replace, short_names
 
 
 class ScaledLinear(nn.Module):
@@ -20,7 +20,7 @@ class ScaledLinear(nn.Module):
         super().__init__()
         self.base, self.scales_input = base, scales_input
         width = base.in_features if scales_input else base.out_features
-        self.factors = nn.Parameter(torch.ones(width, device=base.weight.device))
+        self.factors = nn.Parameter(torch.ones(width, device=device_for(base)))
 
     in_features = property(lambda self: self.base.in_features)
     out_features = property(lambda self: self.base.out_features)

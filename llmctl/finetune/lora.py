@@ -12,7 +12,7 @@ from torch import nn
 
 from llmctl.errors import UserError
 from llmctl.finetune.methods import Lora
-from llmctl.finetune.sites import Site, choose, find_sites, replace
+from llmctl.finetune.sites import Site, choose, device_for, find_sites, replace
 
 
 class LoraLinear(nn.Module):
@@ -24,7 +24,7 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module, rank: int, scaling: float, dropout: float, dora: bool):
         super().__init__()
         self.base, self.scaling, self.dropout = base, scaling, dropout
-        n_in, n_out, device = base.in_features, base.out_features, base.weight.device
+        n_in, n_out, device = base.in_features, base.out_features, device_for(base)
         self.lora_A = nn.Parameter(torch.empty(rank, n_in, device=device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
         self.magnitude = nn.Parameter(torch.empty(n_out, device=device)) if dora else None
@@ -67,7 +67,7 @@ class LoraEmbedding(nn.Module):
     def __init__(self, base: nn.Embedding, rank: int, scaling: float):
         super().__init__()
         self.base, self.scaling = base, scaling
-        device = base.weight.device
+        device = device_for(base)
         self.lora_A = nn.Parameter(torch.zeros(rank, base.num_embeddings, device=device))
         self.lora_B = nn.Parameter(torch.empty(base.embedding_dim, rank, device=device))
 
@@ -101,7 +101,7 @@ def wrap(model: nn.Module, site: Site, rank: int, scaling: float, lora: Lora) ->
     """Wrap one module; its A and B have yet to be filled. Raises UserError for a rank above the matrix's."""
 
     def wrapper(base: nn.Module) -> nn.Module:
-        shape = list(base.weight.shape)
+        shape = [site.rows, site.columns]
         if rank > min(shape):
             raise UserError(f"rank {rank} is above what {site.theirs}, {shape}, can have", f"at most {min(shape)}")
         if isinstance(base, nn.Embedding):
@@ -112,8 +112,8 @@ def wrap(model: nn.Module, site: Site, rank: int, scaling: float, lora: Lora) ->
 
 
 def rank_and_scaling(lora: Lora, site: Site) -> tuple[int, float]:
-    rank = int(_of_pattern(lora.rank_pattern, site, lora.rank))
-    return rank, lora.scaling(rank, _of_pattern(lora.alpha_pattern, site, lora.alpha))
+    rank = int(pattern_value(lora.rank_pattern, site.names, lora.rank))
+    return rank, lora.scaling(rank, pattern_value(lora.alpha_pattern, site.names, lora.alpha))
 
 
 @torch.no_grad()
@@ -150,9 +150,9 @@ def _share_inputs(sites: Iterable[Site], wrapped: Mapping[str, nn.Module]) -> No
                 module.lora_A = modules[0].lora_A
 
 
-def _of_pattern(pattern: Mapping[str, float], site: Site, default: float) -> float:
+def pattern_value(pattern: Mapping[str, float], names: Iterable[str], default: float) -> float:
     """PEFT's rule: a pattern's key fits the end of a module's name, as a regular expression."""
     for key, value in pattern.items():
-        if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in site.names):
+        if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
             return value
     return default

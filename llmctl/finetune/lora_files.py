@@ -45,8 +45,8 @@ def to_peft(model: nn.Module, lora: Lora) -> tuple[Tensors, Lora]:
     return tensors, _as_said(lora, ranks, alphas, short_names(chosen, sites))
 
 
-def from_peft(model: nn.Module, lora: Lora, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Wrap the modules that `tensors` (by Hugging Face module name) speak of, with their weights.
+def from_peft(model: nn.Module, lora: Lora, tensors: Mapping[str, torch.Tensor], weight: float = 1.0) -> None:
+    """Wrap the modules that `tensors` (by Hugging Face module name) speak of, with their weights; they count `weight` times.
 
     Parts of a joined matrix get the components that reach their rows. Raises UserError for a tensor that fits no module.
     """
@@ -67,7 +67,7 @@ def from_peft(model: nn.Module, lora: Lora, tensors: Mapping[str, torch.Tensor])
                 f"{[sum(rows), columns]}",
                 hint="it was trained on another base",
             )
-        scaling = rank_and_scaling(lora, group[0])[1]
+        scaling = weight * rank_and_scaling(lora, group[0])[1]
         splits = [None] * len(rows) if magnitude is None else magnitude.split(rows)
         for site, part_B, part_magnitude in zip(group, B.split(rows), splits, strict=True):
             _fill(model, site, A, part_B, part_magnitude, scaling, lora)

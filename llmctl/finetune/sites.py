@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from llmctl.errors import CalledWrongly
@@ -137,3 +138,11 @@ def adapted(model: nn.Module, kind: type) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, kind):
             yield plain_name(name), module
+
+
+def device_for(base: nn.Module) -> torch.device:
+    """Where an adapter of `base` lives: beside its weight, or on the CPU while that is still in its file."""
+    while hasattr(base, "base"):
+        base = base.base
+    device = base.weight.device
+    return torch.device("cpu") if device.type == "meta" else device

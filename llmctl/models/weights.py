@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -97,15 +98,49 @@ def _applies(entry: Row, numbers: Sequence[str], shapes: Container[str]) -> bool
     return has_companion and (entry.without is None or _numbered(entry.without, numbers) not in shapes)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where one parameter of ours lies: the `part`-th of those that a tensor of the file holds."""
+
+    theirs: str
+    change: str
+    part: int
+    sizes: tuple[int, ...]
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor:
+        return to_ours(self.change, tensor, self.sizes)[self.part]
+
+
+def sources(family, shapes: Mapping[str, torch.Size], available: Iterable[str]) -> dict[str, Source]:
+    """The source of every parameter in `shapes` that the file has, for those who read weights one at a time."""
+    bare = _unwrapping(family)
+    names = {bare(name): name for name in available}
+    found = {}
+    for theirs, ours, change in matches(family.WEIGHTS, shapes):
+        if bare(theirs) in names:
+            sizes = tuple(shapes[name][0] for name in ours)
+            for part, name in enumerate(ours):
+                found[name] = Source(names[bare(theirs)], change, part, sizes)
+    return found
+
+
 def _numbered(name: str, numbers: Sequence[str]) -> str:
     return name.format(*numbers)
 
 
 def _unwrapping(family) -> Callable[[str], str]:
-    """Takes from a name the wrapper that base models are saved without (`transformer.h.0…` and `h.0…` are one tensor).
+    """From a name in a file to that of the tensor: in the spelling of the table, and without the wrapper in which base
+    models are not saved (`transformer.h.0…` and `h.0…` are one tensor).
 
-    It is what stands in front of the module that holds the token embedding.
+    The wrapper is what stands in front of the module that holds the token embedding.
     """
     embedding = next(entry.theirs for entry in family.WEIGHTS if entry.ours[0] == "embed_tokens.weight")
     wrapper = f"{embedding.split('.')[0]}." if embedding.count(".") > 1 else ""
-    return lambda name: name.removeprefix(wrapper)
+    spellings = [(re.compile(pattern), usual) for pattern, usual in getattr(family, "SPELLINGS", ())]
+
+    def bare(name: str) -> str:
+        for pattern, usual in spellings:
+            name = pattern.sub(usual, name)
+        return name.removeprefix(wrapper)
+
+    return bare

@@ -1,0 +1,187 @@
+"""`llmctl merge-lora`: adapters become part of their base, tensor by tensor from the mapped files.
+
+A tensor is taken to float32, changed, and written in the base's dtype, so that memory holds a few matrices whatever the
+size of the model; the result is compared with base and adapters before it takes its name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmctl import agreement, checkpoint, files, lineage
+from llmctl.errors import CalledWrongly, UserError
+from llmctl.finetune import adapter
+from llmctl.finetune.changes import AdapterChanges, refuse_strangers
+from llmctl.finetune.combining import combine
+from llmctl.finetune.merge_settings import MergeSettings
+from llmctl.models.config import ModelConfig
+from llmctl.models.loading import read_config
+from llmctl.models.streaming import StreamedModel
+from llmctl.tensor_file import LazyTensor
+from llmctl.tokenizer import Tokenizer
+
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")
+
+
+@dataclass(frozen=True)
+class Merged:
+    path: Path
+    changed: int
+    agreement: agreement.Agreement
+
+
+def merge(base: str | Path, adapters: Sequence[str | Path], output: str | Path, settings: MergeSettings) -> Merged:
+    """Write `base` with the adapters folded in (or, with `unmerge`, taken out again) as a new checkpoint.
+
+    Raises UserError for an adapter that does not fit the base or cannot be merged, CheckFailed where the result does not
+    compute what base and adapters do; nothing is left under `output` then.
+    """
+    base = Path(base)
+    weights = _weights(settings, len(adapters))
+    config = read_config(base)
+    changes = [AdapterChanges(path, config.family) for path in adapters]
+    stored = checkpoint.open_tensors(base)
+    for change in changes:
+        refuse_strangers(change, set(stored.keys()))
+        _check_base(change, base, settings)
+        if settings.unmerge and not change.can_be_undone:
+            raise UserError(
+                f"{change.path}: what it replaced cannot be restored from the result (DoRA, modules to save)"
+            )
+    plan = _Plan(stored, changes, weights, settings)
+    with files.staged_directory(output, settings.overwrite) as directory:
+        tensors, untied = plan.tensors(config)
+        checkpoint.save_tensors(directory, tensors)
+        _copy_companions(base, [change.path for change in changes], directory, untied)
+        found = _check(base, directory, plan, weights, settings)
+        agreement.require(found, settings.tolerance)
+        lineage.write(
+            directory,
+            lineage.Lineage(
+                command="merge-lora",
+                recipe={"base": str(base), "adapters": [str(path) for path in adapters], **vars(settings)},
+                seed=settings.seed,
+                parent_sha256=lineage.weights_sha256(base),
+                metrics=found.as_dict(),
+            ),
+        )
+    return Merged(Path(output), len(plan.touched), found)
+
+
+class _Plan:
+    """Every tensor of the result, made when it is written."""
+
+    def __init__(self, stored: checkpoint.TensorFiles, changes, weights: Sequence[float], settings: MergeSettings):
+        self.stored, self.changes, self.weights, self.settings = stored, changes, weights, settings
+        self.touched = [name for name in stored.keys() if any(change.touches(name) for change in changes)]
+
+    def tensors(self, config: ModelConfig) -> tuple[dict[str, LazyTensor], bool]:
+        """(tensors by name, whether the head had to part from a changed embedding that it was tied to)."""
+        tensors = {name: self.stored.lazy(name) for name in self.stored.keys()}
+        for name in self.touched:
+            tensors[name] = LazyTensor(
+                self.stored.shape(name), self.stored.dtype(name), lambda name=name: self._rounded(name)
+            )
+        head = self.own_head(config)
+        return tensors | ({} if head is None else {HEAD: head}), head is not None
+
+    def own_head(self, config: ModelConfig) -> LazyTensor | None:
+        """Of a base whose head is its embedding: what the head is now, where only one of the two has changed."""
+        if not config.tie_embeddings or HEAD in self.stored:
+            return None
+        for change in self.changes:
+            if HEAD in change.whole:
+                whole = change.tensor(HEAD)
+                return LazyTensor(tuple(whole.shape), whole.dtype, lambda whole=whole: whole)
+        embedding = next((name for name in self.touched if name.endswith(EMBEDDINGS)), None)
+        return None if embedding is None else self.stored.lazy(embedding)
+
+    def exact(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it should be, float32."""
+        tensor = tensor.float()
+        if self.settings.unmerge:
+            (change,) = self.changes
+            return change.undone(name, tensor) if change.touches(name) else tensor
+        touching = [(c, w) for c, w in zip(self.changes, self.weights, strict=True) if c.touches(name)]
+        if not touching:
+            return tensor
+        parts, weights = [change.of(name, tensor) for change, _ in touching], [weight for _, weight in touching]
+        how = {"density": self.settings.density, "rank": self.settings.rank, "seed": self.settings.seed}
+        return tensor.add_(combine(self.settings.method, name, parts, weights, **how))
+
+    def _rounded(self, name: str) -> torch.Tensor:
+        return self.exact(name, self.stored.copy(name)).to(self.stored.dtype(name))
+
+
+def _check(base: Path, merged: Path, plan: _Plan, weights, settings: MergeSettings) -> agreement.Agreement:
+    """Base with the adapters beside it against the file that was written; both in float32, one matrix in memory."""
+    is_alone = len(plan.changes) == 1 and weights[0] == 1.0 and not plan.changes[0].whole
+    if (
+        (is_alone or all(change.is_plain_sum for change in plan.changes))
+        and settings.method == "linear"
+        and not settings.unmerge
+    ):
+
+        def attach(model):
+            for change, weight in zip(plan.changes, weights, strict=True):
+                adapter.load(model, change.path, weight)
+
+        before = StreamedModel(base, change=attach)
+    else:
+        head = plan.own_head(read_config(base))
+        before = StreamedModel(base, replaced=plan.exact, head_VD=None if head is None else head.load())
+    has_tokenizer = any(
+        (base / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    )
+    tokenizer = Tokenizer.load(base) if has_tokenizer else None
+    probes = agreement.probe_ids(tokenizer, before.config.vocab_size)
+    return agreement.measure(before.logits, StreamedModel(merged).logits, probes)
+
+
+def _weights(settings: MergeSettings, count: int) -> list[float]:
+    if settings.unmerge and (settings.weights or settings.method != "linear" or count > 1):
+        raise CalledWrongly("--unmerge takes out one adapter that was merged whole; give no --weights or --method")
+    if not settings.weights:
+        return [1.0] * count
+    try:
+        weights = [float(weight) for weight in settings.weights.split(",")]
+    except ValueError as error:
+        raise CalledWrongly(f"--weights {settings.weights!r}: not numbers", hint="for example 0.7,0.3") from error
+    if len(weights) != count:
+        raise CalledWrongly(f"{len(weights)} --weights for {count} adapters", hint="give one for each")
+    return weights
+
+
+def _check_base(change: AdapterChanges, base: Path, settings: MergeSettings) -> None:
+    """Refuse an adapter whose lineage says that it was trained on another base."""
+    record = lineage.read(change.path)
+    if record is None or record.parent_sha256 is None or settings.force or settings.unmerge:
+        return
+    if record.parent_sha256 != (found := lineage.weights_sha256(base)):
+        raise UserError(
+            f"{change.path}: trained on another base ({record.parent_sha256[:12]}; {base} is {found[:12]})",
+            hint="--force merges all the same",
+        )
+
+
+def _copy_companions(base: Path, adapters: Sequence[Path], output: Path, untied: bool) -> None:
+    """Config, tokenizer and the rest; what an adapter brings of its own (a chat template) comes before the base's."""
+    own = {"adapter_config.json", "llmctl.json"}
+    for source in (base, *adapters):
+        for path in sorted(source.iterdir()):
+            is_weights = ".safetensors" in path.name or path.suffix in checkpoint.PICKLE_SUFFIXES
+            if path.is_file() and not is_weights and path.name not in own and path.suffix != ".md":
+                if source == base or path.name != "config.json":
+                    shutil.copyfile(path, output / path.name)
+    if untied:
+        config = files.read_json(output / "config.json")
+        files.write_atomic(
+            output / "config.json", json.dumps({**config, "tie_word_embeddings": False}, indent=2).encode()
+        )
