@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from llmctl.models.config import Attention, ModelConfig
+from llmctl.models.config import Attention, Mamba, Mamba2, ModelConfig, Recurrent
 from llmctl.models.memory import Memory
 
 
@@ -62,5 +62,21 @@ class KeyValues:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-def _new_entry(spec, batch_size: int, capacity: int, dtype: torch.dtype, device) -> KeyValues:
-    return {Attention: KeyValues}[type(spec)](spec, batch_size, capacity, dtype, device)
+class State:
+    """What a recurrent layer carries, whatever the length: float32 `tensors` [B, ...] of the spec's `state_shapes`."""
+
+    def __init__(self, spec: Mamba | Mamba2 | Recurrent, batch_size: int, capacity: int, dtype: torch.dtype, device):
+        self.tensors = tuple(torch.zeros(batch_size, *shape, device=device) for shape in spec.state_shapes)
+
+    def replace(self, *tensors: torch.Tensor) -> None:
+        self.tensors = tuple(tensor.float() for tensor in tensors)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.tensors = tuple(tensor[rows] for tensor in self.tensors)
+
+
+_ENTRIES = {Attention: KeyValues, Mamba: State, Mamba2: State, Recurrent: State}
+
+
+def _new_entry(spec, batch_size: int, capacity: int, dtype: torch.dtype, device) -> KeyValues | State:
+    return _ENTRIES[type(spec)](spec, batch_size, capacity, dtype, device)

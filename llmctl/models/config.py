@@ -9,17 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llmctl.models.config_recurrent import Mamba, Mamba2, Recurrent
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 NormPlacement = Literal["pre", "post", "sandwich", "output"]
 
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm (arXiv:1910.07467) or LayerNorm; `offset` is added to the stored weight (Gemma keeps its distance from 1)."""
+    """RMSNorm (arXiv:1910.07467) or LayerNorm; `offset` is added to the stored weight (Gemma keeps its distance from 1).
+
+    `casts`: the output has the weight's dtype whatever the input has.
+    """
 
     kind: Literal["rms", "layer"] = "rms"
     eps: float = 1e-5
     offset: float = 0.0
+    casts: bool = False
 
     def parameters(self, width: int) -> int:
         return width * (2 if self.kind == "layer" else 1)
@@ -185,7 +191,7 @@ class Block:
     With `cross_attention` (to an encoder's output) its branch stands between mixer and ffn.
     """
 
-    mixer: Attention | LocalAttention
+    mixer: Attention | LocalAttention | Mamba | Mamba2 | Recurrent
     ffn: Mlp | GatedMlp | Moe | None
     norm: Norm
     norm_placement: NormPlacement = "pre"
@@ -271,6 +277,8 @@ class ModelConfig:
     initializer_range: float = 0.02
     encoder: ModelConfig | None = None
     carried: tuple[Carried, ...] = ()
+    float32_residual: bool = False
+    """What the blocks add to stays in float32 where weights are of lower precision; their norms cast."""
     hf: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The Hugging Face config that this was read from: keys that we do not interpret survive a save."""
 

@@ -16,7 +16,7 @@ def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu"
 
     Matrices are normal with variance 0.5 / fan-in, so that a layer keeps the size of its input at any width; the last matrix
     of each branch starts at zero, so that a block begins as the identity (arXiv:1901.09321); embeddings are normal with the
-    config's `initializer_range`, norms one, biases zero.
+    config's `initializer_range`, norms one, biases zero. A module with parameters of another kind has an `initialize`.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -29,13 +29,15 @@ def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu"
         for module in model.modules():
             if isinstance(module, OffsetRMSNorm):
                 module.reset_parameters()
+            elif hasattr(module, "initialize"):
+                module.initialize(generator)
     return model.to(device)
 
 
 def _initialize(name: str, parameter: nn.Parameter, embedding_range: float, generator: torch.Generator) -> None:
     if parameter.dim() == 1:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+    elif name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "lm_head.weight")):
         parameter.zero_()
     else:
         scale = embedding_range if name.startswith("embed") else (0.5 / parameter.shape[1]) ** 0.5

@@ -24,10 +24,19 @@ class OffsetRMSNorm(nn.RMSNorm):
         return F.rms_norm(x_BTD.float(), self.normalized_shape, weight, self.eps).to(x_BTD.dtype)
 
 
+class CastingRMSNorm(nn.RMSNorm):
+    """RMSNorm of a float32 residual stream, back in the weight's dtype."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x_BTD, self.normalized_shape, eps=self.eps).to(self.weight.dtype) * self.weight
+
+
 def build(norm: config.Norm | None, width: int) -> nn.Module:
     """The layer that a value describes; None is the identity."""
     if norm is None:
         return nn.Identity()
+    if norm.casts:
+        return CastingRMSNorm(width, eps=norm.eps)
     if norm.offset:
         return OffsetRMSNorm(width, norm.eps, norm.offset)
     return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[norm.kind](width, eps=norm.eps)

@@ -11,7 +11,10 @@ from llmctl.models import config, ffn, norm
 from llmctl.models.attention import Attention, CrossAttention
 from llmctl.models.context import Context
 from llmctl.models.local_attention import LocalAttention
+from llmctl.models.mamba import Mamba
+from llmctl.models.mamba2 import Mamba2
 from llmctl.models.position import RelativeBias, RotaryTable
+from llmctl.models.recurrent import Recurrent
 
 
 class Block(nn.Module):
@@ -71,6 +74,8 @@ class Stack(nn.Module):
     def run(self, x_BTD: torch.Tensor, context: Context, types_BT: torch.Tensor | None = None) -> torch.Tensor:
         """The last layer's output after the final norm, [B, T, D], for scaled token embeddings; advances the cache."""
         x_BTD = self._drop(self.embed_norm(x_BTD + self._position_embeddings(context, types_BT)))
+        if self.config.float32_residual:
+            x_BTD = x_BTD.float()
         where = (context.positions_BT, context.text_lengths_BT, context.offset, context.end, context.device)
         dtype = _rotation_dtype(x_BTD)
         tables = (table.lookup(*where) for table in self.rotaries)
@@ -117,10 +122,18 @@ class Carried(nn.Module):
             setattr(self, entry.name, torch.zeros(entry.shape))
 
 
-def build_mixer(spec: config.Attention, d_model: int, layer: int, rotary: int | None, dropout: float) -> nn.Module:
-    return {config.Attention: Attention, config.LocalAttention: LocalAttention}[type(spec)](
-        spec, d_model, layer, rotary, dropout
-    )
+_MIXERS = {
+    config.Attention: Attention,
+    config.LocalAttention: LocalAttention,
+    config.Mamba: Mamba,
+    config.Mamba2: Mamba2,
+    config.Recurrent: Recurrent,
+}
+
+
+def build_mixer(spec, d_model: int, layer: int, rotary: int | None, dropout: float) -> nn.Module:
+    """The module of a mixer; one without positions or weights to drop heeds the first three alone."""
+    return _MIXERS[type(spec)](spec, d_model, layer, rotary, dropout)
 
 
 def embedding(count: int, width: int) -> nn.Embedding:

@@ -77,6 +77,13 @@ def _like(whole: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(whole, matrix.device_mesh, matrix.placements, src_data_rank=None)
 
 
+def _kind(name: str, parameter: nn.Parameter) -> str:
+    """What a parameter is to an optimizer; a "matrix" is what a matrix product multiplies by, and is named a weight."""
+    if "layers." not in name:
+        return "vector" if parameter.dim() < 2 else "embedding"
+    return "matrix" if parameter.dim() == 2 and "weight" in name.rpartition(".")[2] else "vector"
+
+
 def build(
     model: nn.Module, name: str, lr: float, weight_decay: float, betas: tuple[float, float], embedding_lr: float
 ) -> list[torch.optim.Optimizer]:
@@ -88,9 +95,7 @@ def build(
     for parameter_name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        inside = parameter_name.startswith("layers.")
-        kind = "matrix" if inside and parameter.dim() == 2 else "vector" if parameter.dim() < 2 else "embedding"
-        groups[kind].append(parameter)
+        groups[_kind(parameter_name, parameter)].append(parameter)
     adamw_groups = [
         {"params": groups["embedding"], "lr": embedding_lr, "weight_decay": 0.0},
         {"params": groups["vector"], "lr": lr, "weight_decay": 0.0},
