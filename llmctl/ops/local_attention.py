@@ -46,8 +46,8 @@ class GlobalTokens:
     def __init__(self, global_BT: torch.Tensor):
         self.is_global_BT = global_BT.bool()
         n_most = int(self.is_global_BT.sum(1).max())
-        self.is_real_BN, self.places_BN = self.is_global_BT.int().sort(1, descending=True, stable=True)
-        self.is_real_BN, self.places_BN = self.is_real_BN[:, :n_most].bool(), self.places_BN[:, :n_most]
+        self.places_BN = self.is_global_BT.int().argsort(dim=1, descending=True, stable=True)[:, :n_most]
+        self.is_real_BN = self.is_global_BT.gather(1, self.places_BN)
 
     def gather(self, x_BHTK: torch.Tensor) -> torch.Tensor:
         """[B, H, N, K] of these tokens; rows that have fewer are filled up with others."""

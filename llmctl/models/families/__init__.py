@@ -1,7 +1,9 @@
 """One small file per family: how a Hugging Face config and its weight names map onto ours.
 
 A family module is found by listing this folder. It has `MODEL_TYPES` (Hugging Face `model_type` values),
-`config_from_hf(hf) -> ModelConfig`, `config_to_hf(config) -> dict`, and `WEIGHTS`, a tuple of `common.Row`.
+`config_from_hf(hf) -> ModelConfig`, `config_to_hf(config) -> dict`, and `WEIGHTS`, a tuple of `common.Row`. `IGNORABLE`
+are patterns of names that a file may have beside them, and `SPELLINGS`, where there is one, pairs of a pattern and what it
+stands for, for names that older files write differently.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from llmctl.errors import UserError
 def modules() -> Iterator[ModuleType]:
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")
-        if hasattr(module, "MODEL_TYPES"):  # the others hold what several families share
+        if hasattr(module, "MODEL_TYPES"):  # else it holds what several families share
             yield module
 
 

@@ -1,0 +1,25 @@
+"""BERT (arXiv:1810.04805): an encoder with norms behind each branch, learned positions and token types."""
+
+from __future__ import annotations
+
+from llmctl.models.config import LearnedPositions, ModelConfig
+from llmctl.models.families import bert_like
+
+MODEL_TYPES = ("bert",)
+
+
+def config_from_hf(hf: dict) -> ModelConfig:
+    return bert_like.model(hf, [bert_like.attention(hf)], LearnedPositions())
+
+
+def config_to_hf(config: ModelConfig) -> dict:
+    return bert_like.to_hf(config, "Bert")
+
+
+WEIGHTS = (
+    *bert_like.weights("bert"),
+    *bert_like.post_norms("bert"),
+    *bert_like.head("cls.predictions", "cls.predictions.transform", "LayerNorm"),
+)
+IGNORABLE = bert_like.IGNORABLE
+SPELLINGS = bert_like.SPELLINGS
