@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llmctl.models import rope_scaling
 from llmctl.models.config import Attention, Mamba, Mamba2, ModelConfig, Recurrent
 from llmctl.models.memory import Memory
 
@@ -13,7 +14,8 @@ class Cache:
 
     Layers write at `length`; the stack alone advances it, once per forward. With left-padded rows, `starts_B` (int64) is the
     number of padding slots in front of each row: those are never attended to and positions count from behind them.
-    `memory` is what an encoder made of each row's source.
+    `memory` is what an encoder made of each row's source. Where the angles of a rope jump at some length (LongRoPE), the token
+    ids are kept too: a row that outgrows it is read again, or its keys would have both kinds.
     """
 
     def __init__(
@@ -27,9 +29,23 @@ class Cache:
         memory: Memory | None = None,
     ):
         self.length, self.capacity, self.starts_B, self.memory = 0, capacity, starts_B, memory
+        self._switch_length = rope_scaling.switch_length(config)
+        self._ids_BT: torch.Tensor | None = None
         self.layers = [
             _new_entry(config.block(i).mixer, batch_size, capacity, dtype, device) for i in range(config.n_layers)
         ]
+
+    def to_read(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """What a model must read to go on with these ids: they alone, or, from now on, all of the text again."""
+        if self._switch_length is None:
+            return ids_BT
+        self._ids_BT = ids_BT if self._ids_BT is None else torch.cat([self._ids_BT, ids_BT], 1)
+        read = self.length - (torch.zeros(1) if self.starts_B is None else self.starts_B)
+        outgrows = (read > 0) & (read <= self._switch_length) & (read + ids_BT.shape[1] > self._switch_length)
+        if not outgrows.any():
+            return ids_BT
+        self.length = 0
+        return self._ids_BT
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these rows of the batch (finished sequences leave; a beam is reordered)."""
@@ -37,6 +53,8 @@ class Cache:
             entry.select(rows)
         if self.starts_B is not None:
             self.starts_B = self.starts_B[rows]
+        if self._ids_BT is not None:
+            self._ids_BT = self._ids_BT[rows]
         if self.memory is not None:
             self.memory.select(rows)
 

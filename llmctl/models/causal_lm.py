@@ -48,8 +48,9 @@ class CausalLM(LanguageModel):
         `recorded_weights`, a list, gets every layer's attention weights [B, H, T, S].
         """
         starts_B, ends_B = padding_of(attention_mask_BT)
+        n_new = input_ids_BT.shape[1]
         if cache is not None:
-            starts_B = cache.starts_B
+            starts_B, input_ids_BT = cache.starts_B, cache.to_read(input_ids_BT)
         context = Context(
             input_ids_BT.shape[1],
             input_ids_BT.device,
@@ -60,4 +61,4 @@ class CausalLM(LanguageModel):
             memory=memory,
         )
         context.recorded_weights = recorded_weights
-        return self.run(self.embed(input_ids_BT), context, types_BT)
+        return self.run(self.embed(input_ids_BT), context, types_BT)[:, -n_new:]

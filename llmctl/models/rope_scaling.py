@@ -10,12 +10,19 @@ import math
 import torch
 
 from llmctl.errors import UserError
-from llmctl.models.config import Rope
+from llmctl.models.config import ModelConfig, Rope
 
 
 def heeds_length(rope: Rope) -> bool:
     """Whether a token's angle depends on the length of its text, besides on its position."""
     return rope.scaling is not None and rope.scaling["rope_type"] in ("dynamic", "longrope")
+
+
+def switch_length(config: ModelConfig) -> int | None:
+    """The length beyond which a text's positions turn by other factors than within it (LongRoPE), if there is one."""
+    ropes = (getattr(block.mixer, "rope", None) for block in config.blocks)
+    found = (rope.scaling for rope in ropes if rope and rope.scaling and rope.scaling["rope_type"] == "longrope")
+    return next((scaling["original_max_position_embeddings"] for scaling in found), None)
 
 
 def frequencies(rope: Rope, dims: int, lengths: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,9 +102,10 @@ def _yarn_magnitude(factor: float, weight: float) -> float:
 
 
 def _dynamic(rope: Rope, dims: int, lengths: torch.Tensor) -> torch.Tensor:
-    """NTK-aware scaling that grows with the text beyond the length of training (arXiv:2306.15595's successor).
+    """NTK-aware scaling that grows with the text beyond the length of training (arXiv:2309.00071, 3.3).
 
-    With a cache a key keeps the angle that it got when its token came, as in transformers.
+    In a cache a key keeps the angle of the length at which its token came, as in transformers: a text written token by token
+    has other angles than the same text read at once.
     """
     factor, original = rope.scaling["factor"], rope.scaling["original_max_position_embeddings"]
     stretch = factor * lengths.clamp(min=original) / original - (factor - 1)
