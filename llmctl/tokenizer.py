@@ -34,19 +34,18 @@ class Tokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(json_text)
         except Exception as error:  # the library raises bare Exception for a file that it cannot read
             raise UserError(f"not a tokenizer.json that can be read: {error}") from error
-        config = config or {}
         # A length limit or padding saved with the file belongs to whoever saved it, not to the text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        json_text, config = edges.as_configured(self._tokenizer, json_text, config)
         self.json = json_text
         self.sha256 = hashlib.sha256(json_text.encode()).hexdigest()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         front, back = edges.template_ids(self._tokenizer)
-        self.config = special.named_in_full(config, self._tokenizer, front, back)
+        self.config = special.named_in_full(config or {}, self._tokenizer, front, back)
         ids = (special.token_id(self.config, role, self._tokenizer) for role in special.ROLES)
         self.bos_id, self.eos_id, self.unk_id, self.sep_id, self.pad_id, self.cls_id, self.mask_id = ids
         self.adds_bos = self.bos_id is not None and front[:1] == [self.bos_id]
+        edges.note_flags(self.config, {"bos_token": self.adds_bos, "eos_token": self.eos_id in back})
         ends = bool(back) or self.eos_id is None
         self.document_edges = front, back if ends else [self.eos_id]
         self._bulk_encoder = None

@@ -75,6 +75,7 @@ def finished(draft: Draft, config: dict) -> tuple[str, dict]:
         "model": draft.model,
     }
     config = {key: value for key, value in config.items() if key not in _STALE} | _roles_with_flags(tokens, config)
+    config = {key: value for key, value in config.items() if not key.startswith(("add_bos_", "add_eos_"))}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.setdefault("clean_up_tokenization_spaces", False)
     types = ["token_type_ids"] if draft.pair_type else []

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Sequence
 
 import tokenizers
 
-from llmctl.tokenization import special
-
-ROLES = ("bos_token", "eos_token")
-FLAGS = ("add_bos_token", "add_eos_token")
+log = logging.getLogger("llmctl")
 
 
 def template_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
@@ -44,29 +41,9 @@ def template(
     }
 
 
-def as_configured(tokenizer: tokenizers.Tokenizer, json_text: str, config: dict) -> tuple[str, dict]:
-    """A tokenizer.json that puts BOS and EOS around a text as add_bos_token and add_eos_token have it.
-
-    `json_text` is what `tokenizer` was read from; both stay the same where they do so already, and where something else
-    than BOS and EOS stands there. The configuration then has both flags or none: transformers takes a missing one for false.
-    """
-    if not any(isinstance(config.get(flag), bool) for flag in FLAGS):
-        return json_text, config
-    tokens = [special.content(config.get(role)) for role in ROLES]
-    ids = [token and tokenizer.token_to_id(token) for token in tokens]
-    present = template_ids(tokenizer)
-    if special.content(config.get("cls_token")) or any(edge not in ([], [own]) for edge, own in zip(present, ids)):
-        return json_text, {key: value for key, value in config.items() if key not in FLAGS}
-    wanted = [
-        own is not None and bool(edge if config.get(flag) is None else config[flag])
-        for flag, own, edge in zip(FLAGS, ids, present)
-    ]
-    config = config | dict(zip(FLAGS, wanted))
-    if wanted == [bool(edge) for edge in present]:
-        return json_text, config
-    front, back = ([token] if add else [] for token, add in zip(tokens, wanted))
-    spec = json.loads(json_text)
-    spec["post_processor"] = template(dict(zip(tokens, ids)), front, back, between=front)
-    json_text = json.dumps(spec, ensure_ascii=False)
-    tokenizer.post_processor = tokenizers.Tokenizer.from_str(json_text).post_processor
-    return json_text, config
+def note_flags(config: dict, stand: dict[str, bool]) -> None:
+    """Says where add_bos_token or add_eos_token is another than what `stand`s around a text: transformers ignores it too."""
+    for role, stands in stand.items():
+        wanted = config.get(f"add_{role}")
+        if isinstance(wanted, bool) and wanted != stands:
+            log.info("add_%s is %s in the configuration, but not so in tokenizer.json, which counts", role, wanted)
