@@ -52,7 +52,10 @@ def context_from_hf(hf: dict, rope: Rope | None) -> int:
 
 
 def context_to_hf(context: int, rope: Rope | None) -> int:
-    """The inverse of `context_from_hf`, for `max_position_embeddings`."""
+    """The inverse of `context_from_hf`, for `max_position_embeddings`.
+
+    With YaRN that is the stretched length: some releases of transformers 4 take its ratio to the original for the factor.
+    """
     scaling = (rope and rope.scaling) or {}
     if scaling.get("rope_type") in _GROWS_WITH_FACTOR:
         return scaling["original_max_position_embeddings"]
