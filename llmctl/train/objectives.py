@@ -9,22 +9,36 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmctl.models.causal_lm import CausalLM
+from llmctl.models.language_model import LanguageModel
 from llmctl.train.loss import cross_entropy, token_losses
 
 
 class NextToken(nn.Module):
     """The next-token loss of a batch."""
 
-    def __init__(self, model: CausalLM, z_loss: float):
+    def __init__(self, model: LanguageModel, z_loss: float):
         super().__init__()
         self.model, self.z_loss = model, z_loss
 
     def forward(self, inputs_BT, targets_BT, documents_BT=None) -> torch.Tensor:
         """Sum of nats over all targets in training mode; [B * T] nats of each, without gradient, in eval mode."""
-        model, targets_N = self.model, targets_BT.flatten()
-        hidden_ND = model.head_input(model.hidden(inputs_BT, documents_BT=documents_BT)).flatten(0, 1)
+        hidden_BTD = self.model.hidden(inputs_BT, documents_BT=documents_BT)
+        return self._loss(hidden_BTD.flatten(0, 1), targets_BT.flatten())
+
+    def _loss(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        model = self.model
+        hidden_ND = model.head_input(hidden_ND)
         head = {"bias_V": model.output_bias, "softcap": model.config.head.softcap}
         if self.training:
             return cross_entropy(hidden_ND, model.head_weight, targets_N, self.z_loss, **head)
         return token_losses(hidden_ND, model.head_weight, targets_N, **head)
+
+
+class MaskedToken(NextToken):
+    """The loss of the tokens that were masked; the head sees only those."""
+
+    def forward(self, inputs_BT, targets_BT, documents_BT=None) -> torch.Tensor:
+        """Sum of nats over the M targets in training mode; [M] nats of each, without gradient, in eval mode."""
+        hidden_BTD = self.model.hidden(inputs_BT, documents_BT=documents_BT)
+        is_target_BT = targets_BT >= 0
+        return self._loss(hidden_BTD[is_target_BT], targets_BT[is_target_BT])
