@@ -16,6 +16,7 @@ from llmctl.data.corpus import SHARDS, shards_of
 from llmctl.data.summary import describe_tokenizer, summarize
 from llmctl.errors import UserError
 from llmctl.files import read_json
+from llmctl.models.config import sizes
 from llmctl.models.loading import new_empty, read_config
 from llmctl.streams import read_stream
 from llmctl.tokenizer import Tokenizer
@@ -78,30 +79,26 @@ def _describe_model(path: Path) -> dict[str, Any]:
         return {"family": hf.get("model_type"), "unsupported": error.message}
     with torch.device("meta"):
         model = new_empty(config)
-    parts = collections.Counter()
+    parts, mixer = collections.Counter(), type(config.block(0).mixer).__name__.lower()
     for name, parameter in model.named_parameters():
-        parts[_part_of(name)] += parameter.numel()
-    mixer, ffn = config.block(0).mixer, config.block(0).ffn
+        parts[_part_of(name, mixer)] += parameter.numel()
     return {
         "family": config.family,
         "parameters": sum(parts.values()),
         "parameters_per_part": dict(parts),
         "n_layers": config.n_layers,
         "d_model": config.d_model,
-        "n_heads": mixer.n_heads,
-        "n_kv_heads": mixer.n_kv_heads,
-        "head_dim": mixer.head_dim,
-        "d_ff": ffn.d_ff,
+        **sizes(config),
         "vocab_size": config.vocab_size,
         "context": config.max_positions,
         "tied": config.tie_embeddings,
     }
 
 
-def _part_of(name: str) -> str:
+def _part_of(name: str, mixer: str) -> str:
     inner = name.split(".")
     if inner[0] == "layers":
-        return {"mixer": "attention", "ffn": "feed-forward"}.get(inner[2], "norms")
+        return {"mixer": mixer, "cross": "cross-attention", "ffn": "feed-forward"}.get(inner[2], "norms")
     return {"embed_tokens": "embedding", "embed_positions": "positions", "lm_head": "head"}.get(inner[0], "norms")
 
 

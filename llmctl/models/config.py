@@ -300,6 +300,17 @@ def parameter_count(config: ModelConfig, active: bool = False) -> int:
     return total + (_stack_parameters(config.encoder, active) if config.encoder else 0)
 
 
+def sizes(config: ModelConfig) -> dict[str, int]:
+    """The numbers that the first block's mixer and feed-forward layer have, by name."""
+    block = config.block(0)
+    parts = (block.mixer, block.ffn, getattr(block.ffn, "expert", None))
+    values = {name: getattr(part, name, None) for part in parts for name in _SIZES if hasattr(part, name)}
+    return {name: values[name] for name in _SIZES if values.get(name) is not None}
+
+
+_SIZES = ("n_heads", "n_kv_heads", "head_dim", "window", "d_inner", "d_state", "n_groups", "n_experts", "top_k", "d_ff")
+
+
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations to train on one token: 6 per weight in a matrix product, and attention.
 

@@ -30,7 +30,8 @@ PRESETS = {
 
 
 def preset(name: str, vocab_size: int, max_positions: int) -> ModelConfig:
-    return _build({**PRESETS[name], "vocab_size": vocab_size}, max_positions)
+    context = {"n_positions" if name.startswith("gpt2") else "max_position_embeddings": max_positions}
+    return _config({**PRESETS[name], **context, "vocab_size": vocab_size})
 
 
 def for_parameters(family: str, n_parameters: int, vocab_size: int, max_positions: int) -> ModelConfig:
@@ -38,8 +39,8 @@ def for_parameters(family: str, n_parameters: int, vocab_size: int, max_position
     widths = [*range(32, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
 
     def nearest(depths: Iterable[int]) -> ModelConfig:
-        shapes = (_hf_shape(family, width, vocab_size, more) for width in widths for more in depths)
-        candidates = (_build(shape, max_positions) for shape in shapes)
+        shapes = (_hf_shape(family, width, more, max_positions) for width in widths for more in depths)
+        candidates = (_config({**shape, "vocab_size": vocab_size}) for shape in shapes)
         return min(candidates, key=lambda config: abs(parameter_count(config) - n_parameters))
 
     usual = nearest([0])
@@ -48,26 +49,12 @@ def for_parameters(family: str, n_parameters: int, vocab_size: int, max_position
     return nearest(range(4))  # narrow models are few and far between
 
 
-def _hf_shape(family: str, width: int, vocab_size: int, more_layers: int) -> dict:
+def _hf_shape(family: str, width: int, more_layers: int, max_positions: int) -> dict:
     # Depth grows with width as in GPT-2 and Llama: 12 layers at 768, 24 at 2048, and never fewer than 4.
     depth = max(4, round(width / 64)) if width <= 1024 else 16 + round((width - 1024) / 128)
-    depth += more_layers
-    heads = width // (64 if width >= 512 and width % 64 == 0 else 32)
-    if family == "gpt2":
-        return {"model_type": "gpt2", "vocab_size": vocab_size, "n_embd": width, "n_layer": depth, "n_head": heads}
-    return {
-        "model_type": "llama",
-        "vocab_size": vocab_size,
-        "hidden_size": width,
-        "intermediate_size": -(-8 * width // 3 // 32) * 32,
-        "num_hidden_layers": depth,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // 4 if width >= 1024 and heads % 4 == 0 else heads,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": width < 2048,
-    }
+    shape = families.find(family).usual_shape(family, width, depth + more_layers, max_positions)
+    return {"model_type": family, **shape}
 
 
-def _build(hf: dict, max_positions: int) -> ModelConfig:
-    key = "n_positions" if hf["model_type"] == "gpt2" else "max_position_embeddings"
-    return families.find(hf["model_type"]).config_from_hf({**hf, key: max_positions})
+def _config(hf: dict) -> ModelConfig:
+    return families.find(hf["model_type"]).config_from_hf(hf)

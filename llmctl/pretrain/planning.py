@@ -25,9 +25,10 @@ def make_plan(settings: PretrainSettings, inputs: list[str], corpus, device: tor
     """Fill in every default from the data and the machine."""
     n_tokens = corpus.split("train").n_tokens
     config = _model_config(settings, corpus.tokenizer, n_tokens, device)
-    seq_len = settings.seq_len or min(_default_seq_len(device), config.max_positions)
-    if seq_len > config.max_positions:
-        raise CalledWrongly(f"--seq-len {seq_len} is beyond the model's context of {config.max_positions}")
+    limit = config.max_positions
+    seq_len = settings.seq_len or min(_default_seq_len(device), limit or _default_seq_len(device))
+    if limit is not None and seq_len > limit:
+        raise CalledWrongly(f"--seq-len {seq_len} is beyond the model's context of {limit}")
     tokens_at_once = 4096 if device.type == "cpu" else 1 << 17
     dtype = hardware.compute_dtype(settings.precision, device)
     rates = _learning_rates(settings, config.d_model)

@@ -22,7 +22,9 @@ class ShapeSettings:
     preset: str | None = flag(None, "A known shape.", SHAPE, type=("gpt2", "gpt2-medium", "tinyllama", "llama-160m"))
     model_config: str | None = flag(None, "Take the shape from a Hugging Face config.json.", SHAPE, type="path")
     init_from: str | None = flag(None, "Go on training this checkpoint's weights.", SHAPE, type="path")
-    family: Literal["llama", "gpt2"] = flag("llama", "Kind of model for --params.", SHAPE)
+    family: Literal["llama", "gpt2", "mamba", "mamba2", "lstm", "gru"] = flag(
+        "llama", "Kind of model for --params.", SHAPE
+    )
     seq_len: int | None = flag(
         None, "Tokens per sequence; by default 256, or the model's context when that is shorter.", SHAPE, at_least=2
     )

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from llmctl.errors import UserError
-from llmctl.models.config import ModelConfig, parameter_count
+from llmctl.models.config import ModelConfig, parameter_count, sizes
 from llmctl.quantities import format_count, format_size
 from llmctl.train import distributed, hardware, optim
 from llmctl.train.loop import Trainer
@@ -40,11 +40,10 @@ def build_trainer(objective: nn.Module, plan: Plan, settings: RunSettings, devic
 
 
 def describe(config: ModelConfig) -> str:
-    mixer, ffn = config.blocks[0].mixer, config.blocks[0].ffn
-    return (
-        f"{config.family}, {config.n_layers} layers, d_model {config.d_model}, {mixer.n_heads} heads "
-        f"({mixer.n_kv_heads} kv), d_ff {ffn.d_ff}, vocabulary {config.vocab_size}, context {config.max_positions}"
-    )
+    """One line: the sizes that tell one model of a family from another."""
+    parts = [config.family, f"{config.n_layers} layers", f"d_model {config.d_model}"]
+    parts += [f"{name} {value}" for name, value in sizes(config).items()]
+    return ", ".join([*parts, f"vocabulary {config.vocab_size}", f"context {config.max_positions or 'unlimited'}"])
 
 
 def check_memory(config: ModelConfig, optimizer: str, device: torch.device) -> None:

@@ -17,6 +17,11 @@ ACTIVATIONS: dict[str, Activation] = {
 HF_ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 
 
+def usual_heads(width: int) -> int:
+    """Of 64 where that divides the width, of 32 in narrow models."""
+    return width // (64 if width >= 512 and width % 64 == 0 else 32)
+
+
 @dataclass(frozen=True)
 class Row:
     """One tensor of a Hugging Face file and the parameter or parameters of ours that it holds.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmctl.models.config import Attention, Block, LearnedPositions, Mlp, ModelConfig, Norm
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, row
+from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, row, usual_heads
 
 MODEL_TYPES = ("gpt2",)
 
@@ -49,6 +49,10 @@ def config_to_hf(config: ModelConfig) -> dict:
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
     }
+
+
+def usual_shape(model_type: str, width: int, depth: int, context: int) -> dict:
+    return {"n_embd": width, "n_layer": depth, "n_head": usual_heads(width), "n_positions": context}
 
 
 _KINDS = ("weight", "bias")

@@ -56,6 +56,21 @@ def config_to_hf(config: ModelConfig) -> dict:
     }
 
 
+def usual_shape(model_type: str, width: int, depth: int, context: int) -> dict:
+    """Two layers in place of a transformer's one, whose weights they match (arXiv:2312.00752, 3.4)."""
+    shape = {
+        "hidden_size": width,
+        "num_hidden_layers": 2 * depth,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": width < 2048,
+    }
+    if model_type == "mamba":
+        return {**shape, "state_size": 16}
+    head_dim = 64 if width >= 512 else 32
+    state_size = 128 if width >= 512 else 64
+    return {**shape, "state_size": state_size, "head_dim": head_dim, "num_heads": 2 * width // head_dim, "n_groups": 1}
+
+
 def _mamba(hf: dict) -> Mamba:
     rank = hf.get("time_step_rank", "auto")
     return Mamba(

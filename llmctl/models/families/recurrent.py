@@ -45,6 +45,11 @@ def config_to_hf(config: ModelConfig) -> dict:
     }
 
 
+def usual_shape(model_type: str, width: int, depth: int, context: int) -> dict:
+    """Half as many layers as a transformer has: each step is sequential, and two thirds as heavy as one of its layers."""
+    return {"d_model": width, "n_layers": depth // 2}
+
+
 WEIGHTS = (
     row("embed_tokens.weight", "embed_tokens.weight"),
     row("layers.{}.norm.weight", "layers.{}.mixer_norm.weight"),
