@@ -63,14 +63,15 @@ def line(event: Event) -> str:
             return f"{event.total_steps} steps, {event.epochs:.2f} epochs"
         case Trained():
             left = "" if event.seconds_left is None else f"  {format_duration(event.seconds_left)} left"
+            balance = "" if event.balance_loss is None else f"balance {event.balance_loss:.4f}  "
             return (
-                f"step {event.step}/{event.total_steps or '?'}  loss {event.loss:.4f}  lr {event.lr:.2e}  "
+                f"step {event.step}/{event.total_steps or '?'}  loss {event.loss:.4f}  {balance}lr {event.lr:.2e}  "
                 f"grad {event.grad_norm:.2f}  {format_count(event.tokens_per_second)} tokens/s  MFU {event.mfu:.0%}  "
                 f"{format_size(event.memory_bytes)}{left}"
             )
         case Validated():
             bits = "" if event.bits_per_byte is None else f", {event.bits_per_byte:.4f} bits per byte"
-            return f"step {event.step}  validation {event.loss:.4f} nats per token{bits}"
+            return f"step {event.step}  validation {event.loss:.4f} nats per {event.unit}{bits}"
         case Saved():
             return f"step {event.step}  saved {event.path}"
         case Finished():
@@ -95,8 +96,9 @@ def _numbers(event: Trained | Validated) -> dict[str, float]:
     if isinstance(event, Validated):
         named = {"validation/loss": event.loss, "validation/bits_per_byte": event.bits_per_byte}
         return {name: value for name, value in named.items() if value is not None}
-    kept = ("loss", "lr", "grad_norm", "tokens_per_second", "mfu", "tokens")
-    return {f"train/{name}": getattr(event, name) for name in kept}
+    kept = ("loss", "balance_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "tokens")
+    named = {f"train/{name}": getattr(event, name) for name in kept}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 class _TensorBoard:

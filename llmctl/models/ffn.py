@@ -73,6 +73,10 @@ class Moe(nn.Module):
         return y_ND.view_as(x_BTD)
 
 
+def has_experts(model: nn.Module) -> bool:
+    return any(isinstance(layer, Moe) for layer in model.modules())
+
+
 def balance_loss(model: nn.Module) -> torch.Tensor | None:
     """How unevenly the last forward in training used the experts, times its coefficient; None without experts.
 

@@ -28,7 +28,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Trained:
-    """Means over the steps since the last report; `loss` in nats per token, `mfu` a share of the measured peak."""
+    """Means over the steps since the last report; `loss` in nats per token, `mfu` a share of the measured peak.
+
+    `balance_loss`, of models with experts, is minimized too, and not part of `loss`.
+    """
 
     step: int
     total_steps: int | None
@@ -40,6 +43,7 @@ class Trained:
     mfu: float
     seconds: float
     memory_bytes: int
+    balance_loss: float | None = None
 
     @property
     def seconds_left(self) -> float | None:
@@ -50,12 +54,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Validated:
-    """`loss` in nats per token over all held-out tokens; bits per byte where the stream knows its bytes."""
+    """`loss` in nats per `unit` over all held-out ones; bits per byte where the rows know their bytes."""
 
     step: int
     loss: float
     bits_per_byte: float | None
     seconds: float
+    unit: str = "token"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from llmctl.errors import UserError
+from llmctl.models.ffn import balance_loss, has_experts
 from llmctl.train import distributed
 from llmctl.train.feed import Batch
 from llmctl.train.hardware import autocast
@@ -18,11 +19,15 @@ from llmctl.train.schedule import Schedule
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss` in nats per target token, `grad_norm` before clipping, `learning_rate` of the first group."""
+    """`loss` in nats per target token, `grad_norm` before clipping, `learning_rate` of the first group.
+
+    `balance_loss` is what uneven use of experts adds to the loss that is minimized; None without experts.
+    """
 
     loss: float
     grad_norm: float
     learning_rate: float
+    balance_loss: float | None = None
 
 
 @dataclass
@@ -47,23 +52,23 @@ class Trainer:
     def step(self, micro_batches: Sequence[Batch], n_targets: int) -> StepResult:
         """Train on this process's micro batches; `n_targets` counts the targets of all processes together.
 
-        The loss is divided by that total once, so that cutting a batch into micro batches or ranks changes nothing.
+        The loss is divided by that total once, so that cutting a batch into micro batches or ranks changes nothing; only
+        the balance of experts is judged within each micro batch.
         Raises UserError when loss or gradient is not finite; the weights are then those before the step.
         """
         self.objective.train()
         self._set_learning_rate()
-        total = torch.zeros((), device=self.device)
+        totals = torch.zeros(2, device=self.device)
         for number, batch in enumerate(micro_batches):
             # of dropout and other noise
             torch.manual_seed(hash((self.seed, self.step_number, number, distributed.rank())))
             distributed.sync_gradients(self.objective, number == len(micro_batches) - 1)
-            with autocast(self.device, self.dtype):
-                loss = self.objective(*batch.tensors(self.device)) / n_targets
+            losses = self._losses(batch, n_targets)
             # sharding averages gradients over the processes; the loss is already divided by everybody's targets
-            (loss * distributed.world_size()).backward()
-            total += loss.detach()
+            (losses.sum() * distributed.world_size()).backward()
+            totals += losses.detach()
         norm = self._clip()
-        mean_loss = float(distributed.sum_over_ranks(total))
+        mean_loss, balance = distributed.sum_over_ranks(totals).tolist()
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             distributed.raise_once(
                 UserError(
@@ -75,7 +80,16 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step_number += 1
-        return StepResult(mean_loss, norm, self.optimizers[0].param_groups[0]["lr"])
+        learning_rate = self.optimizers[0].param_groups[0]["lr"]
+        return StepResult(mean_loss, norm, learning_rate, balance if has_experts(self.objective) else None)
+
+    def _losses(self, batch: Batch, n_targets: int) -> torch.Tensor:
+        """What a micro batch adds to the mean loss, and to that of the balance of experts (0 without), [2]."""
+        with autocast(self.device, self.dtype):
+            loss = self.objective(*batch.tensors(self.device)) / n_targets
+            balance = balance_loss(self.objective)
+        balance = loss.new_zeros(()) if balance is None else balance * (batch.n_targets / n_targets)
+        return torch.stack([loss, balance])
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Batch]) -> tuple[float, int]:

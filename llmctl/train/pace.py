@@ -63,6 +63,12 @@ class Meter:
             mfu=rate * self.flops_per_token / self.peak_flops,
             seconds=seconds,
             memory_bytes=memory_bytes,
+            balance_loss=_mean([result.balance_loss for result in self._results]),
         )
         self._results, self._durations = [], []
         return trained
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
