@@ -39,8 +39,9 @@ class SequentialSource:
         self._ahead = b""
 
     def peek(self, size: int) -> bytes:
-        self._ahead = self.read(size)
-        return self._ahead
+        head = self.read(size)
+        self._ahead = head + self._ahead
+        return head
 
     def read(self, size: int) -> bytes:
         parts, self._ahead = [self._ahead[:size]] if self._ahead else [], self._ahead[size:]

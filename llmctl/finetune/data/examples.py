@@ -26,7 +26,7 @@ from llmctl.finetune.data.forms import (
 from llmctl.finetune.data.labels import normal_label
 from llmctl.finetune.data.rendering import Draft, Renderer
 from llmctl.finetune.data.rows import Row
-from llmctl.finetune.data.settings import DataSettings
+from llmctl.finetune.data.settings import DataSettings, FormSettings
 from llmctl.streams import TRAIN, VAL, TokenStream
 from llmctl.tokenizer import Tokenizer
 
@@ -85,18 +85,21 @@ class Counts:
 
 
 class ExampleReader:
-    """Reads files as examples of `objective`, each at most `seq_len` tokens long; with `lenient` all is counted only."""
+    """Reads files as examples of `objective`, each at most `seq_len` tokens long.
+
+    What is wrong with rows is an error or, as `DataSettings` say it, counted; with plain `FormSettings` it is counted
+    only, and every example is there.
+    """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         objective: str,
-        settings: DataSettings,
+        settings: FormSettings,
         seq_len: int | None = None,
-        lenient: bool = False,
     ):
         self.tokenizer, self.objective, self.settings = tokenizer, objective, settings
-        self.seq_len, self._lenient, self._skips_bad = seq_len, lenient, lenient or settings.skip_bad
+        self.seq_len, self._lenient = seq_len, not isinstance(settings, DataSettings)
         self._columns = parse_columns(settings.columns)
         self._renderer = Renderer(tokenizer, _loss_on(objective, settings.loss_on))
         self._encoder = DraftEncoder(tokenizer)
@@ -225,7 +228,7 @@ class ExampleReader:
 
     def _refuse(self, error: UserError, place: str, counts: Counts) -> None:
         placed = UserError(f"{place}: {error.message}", hint=error.hint or "--skip-bad counts such rows and goes on")
-        if not self._skips_bad:
+        if not (self._lenient or self.settings.skip_bad):
             raise placed from error
         counts.note(placed)
 

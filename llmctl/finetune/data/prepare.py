@@ -16,7 +16,7 @@ from llmctl.finetune.data.examples import LABELLED, PAIRED, Counts, Example, Exa
 from llmctl.finetune.data.forms import default_objective, parse_columns, renamed
 from llmctl.finetune.data.labels import LabelTable
 from llmctl.finetune.data.rows import Row, first_row, read_rows
-from llmctl.finetune.data.settings import DataSettings
+from llmctl.finetune.data.settings import DataSettings, FormSettings
 from llmctl.finetune.data.sources import Source
 from llmctl.finetune.data.store import ExampleSet, ExampleWriter, lowest
 from llmctl.finetune.data.template import choose_template
@@ -26,6 +26,7 @@ from llmctl.tokenizer import Tokenizer
 log = logging.getLogger("llmctl")
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.1, 1000
+LONGEST_BY_DEFAULT = 1024
 _REPORT_EVERY = 1000
 
 Report = Callable[[int], None]
@@ -62,8 +63,13 @@ def prepare(
     return ExampleSet(directory)
 
 
+def default_seq_len(max_positions: int | None) -> int:
+    """Tokens per row for a model of this context, None where that has no end."""
+    return min(LONGEST_BY_DEFAULT, max_positions or LONGEST_BY_DEFAULT)
+
+
 def choose_objective(
-    rows: Iterator[Row | TokenStream], settings: DataSettings
+    rows: Iterator[Row | TokenStream], settings: FormSettings
 ) -> tuple[str, Iterator[Row | TokenStream]]:
     """The objective that is set, or that of the first row; and the rows again."""
     if settings.objective is not None:
@@ -73,8 +79,9 @@ def choose_objective(
         return "sft", rows
     if isinstance(first, TokenStream):
         return "causal", rows
+    columns = parse_columns(settings.columns)
     try:
-        return default_objective(renamed(first.fields, parse_columns(settings.columns))), rows
+        return default_objective(renamed(first.fields, columns)), rows
     except UserError as error:
         raise UserError(f"{first.place}: {error.message}", error.hint) from error
 

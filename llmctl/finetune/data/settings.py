@@ -14,7 +14,9 @@ def _flag(default, help: str, **metadata):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSettings:
+class FormSettings:
+    """How rows become examples."""
+
     objective: str | None = _flag(
         None, "What is asked of the model.", type=OBJECTIVES, show_default="by the form of the first row"
     )
@@ -30,6 +32,12 @@ class DataSettings:
         "follows the prompt, the last answer only, or every token.",
     )
     seq_len: int | None = _flag(None, "Tokens per row.", at_least=2, show_default="the model's context, at most 1024")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings(FormSettings):
+    """And which of them are used."""
+
     on_long: Literal["skip", "truncate", "error"] = _flag("skip", "What becomes of examples longer than --seq-len.")
     skip_bad: bool = _flag(False, "Count rows that cannot be used, and go on without them.")
     val_data: tuple[str, ...] = _flag((), "Held-out rows in a file of their own; may be repeated.", type="path")

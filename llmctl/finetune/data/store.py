@@ -99,6 +99,11 @@ class ExampleSet:
         spans = self._bounds[numbers]
         return (spans[..., 1] - spans[..., 0]).max(axis=1)
 
+    def n_tokens(self, numbers: np.ndarray) -> int:
+        """Of all sequences of these examples."""
+        spans = self._bounds[numbers]
+        return int((spans[..., 1] - spans[..., 0]).sum())
+
     def read(self, number: int) -> list[Tokens]:
         """The sequences of one example."""
         spans = self._bounds[number].tolist()
