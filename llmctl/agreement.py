@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -19,7 +19,7 @@ PROBES = (
 )
 """Texts that a model of any kind is asked about when nothing better is given."""
 
-PROBE_TOKENS = 64
+PROBE_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -47,33 +47,38 @@ class Agreement:
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 
-def probe_ids(tokenizer: Tokenizer | None, vocab_size: int) -> list[torch.Tensor]:
-    """A few sequences [1, T] of real text; of random tokens for a model that came without a tokenizer."""
+def probe_ids(tokenizer: Tokenizer | None, vocab_size: int) -> torch.Tensor:
+    """A few rows [B, T] of real text, of one length; of random tokens for a model that came without a tokenizer."""
     if tokenizer is None:
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randint(0, vocab_size, (1, PROBE_TOKENS), generator=generator) for _ in PROBES]
-    rows = (tokenizer.encode(text)[:PROBE_TOKENS] for text in PROBES)
-    return [torch.tensor([ids]) for ids in rows if len(ids) > 1]
+        return torch.randint(0, vocab_size, (len(PROBES), PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    rows = [tokenizer.encode(text) for text in PROBES]
+    length = min(PROBE_TOKENS, *map(len, rows))
+    return torch.tensor([ids[:length] for ids in rows])
 
 
 @torch.no_grad()
-def measure(before: Logits, after: Logits, sequences: Sequence[torch.Tensor]) -> Agreement:
-    """Compare two functions from ids [1, T] to logits [1, T, V]."""
-    largest = divergence = 0.0
-    same = nats_before = nats_after = 0.0
-    positions = targets = 0
-    for ids_1T in sequences:
-        first_TV, second_TV = (model(ids_1T)[0].float() for model in (before, after))
-        largest = max(largest, float((first_TV - second_TV).abs().max()))
-        first_TV, second_TV = first_TV.log_softmax(-1), second_TV.log_softmax(-1)
-        divergence += float((first_TV.exp() * (first_TV - second_TV)).sum())
-        same += float((first_TV.argmax(-1) == second_TV.argmax(-1)).sum())
-        targets_T1 = ids_1T[0, 1:, None]
-        nats_before -= float(first_TV[:-1].gather(1, targets_T1).sum())
-        nats_after -= float(second_TV[:-1].gather(1, targets_T1).sum())
-        positions, targets = positions + len(first_TV), targets + len(targets_T1)
-    perplexities = (math.exp(min(nats / max(targets, 1), 700.0)) for nats in (nats_before, nats_after))
-    return Agreement(largest, divergence / positions, same / positions, *perplexities)
+def measure(before: Logits, after: Logits, ids_BT: torch.Tensor) -> Agreement:
+    """Compare two functions from ids [B, T] to logits [B, T, V]."""
+    first_BTV, second_BTV = before(ids_BT), after(ids_BT)
+    totals = torch.stack([_compare(*row) for row in zip(first_BTV, second_BTV, ids_BT)])
+    divergence, same, nats_before, nats_after = totals[:, 1:].mean(0).tolist()
+    perplexities = (math.exp(min(nats, 700.0)) for nats in (nats_before, nats_after))
+    return Agreement(float(totals[:, 0].max()), max(divergence, 0.0), same, *perplexities)
+
+
+def _compare(first_TV: torch.Tensor, second_TV: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
+    """Of one row: [largest error, KL, share of equal choices, nats of the first model, of the second], float64."""
+    first_TV, second_TV = first_TV.float(), second_TV.float()
+    largest = (first_TV - second_TV).abs().max()
+    same = (first_TV.argmax(-1) == second_TV.argmax(-1)).double().mean()
+    first_TV, second_TV = first_TV.log_softmax(-1), second_TV.log_softmax(-1)
+    nats = (-logprobs_TV[:-1].gather(-1, ids_T[1:, None]).mean() for logprobs_TV in (first_TV, second_TV))
+    return torch.stack([value.double() for value in (largest, _divergence(first_TV, second_TV), same, *nats)])
+
+
+def _divergence(first_TV: torch.Tensor, second_TV: torch.Tensor) -> torch.Tensor:
+    """Mean KL(first || second) in nats of log-probabilities."""
+    return (first_TV.exp() * (first_TV - second_TV)).sum(-1).mean()
 
 
 def require(agreement: Agreement, tolerance: float) -> None:

@@ -109,9 +109,9 @@ class TensorFiles:
         """The tensor, mapped from the file: its pages are read when they are used."""
         return self._entry(name).file.read(name)
 
-    def copy(self, name: str) -> torch.Tensor:
-        """The tensor, read into memory that is free again when the tensor is."""
-        return self._entry(name).file.copy(name)
+    def copy(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """The tensor, or some of its rows, read into memory that is free again when the tensor is."""
+        return self._entry(name).file.copy(name, rows)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape

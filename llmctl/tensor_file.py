@@ -121,18 +121,22 @@ class MappedFile:
             raise corrupt(self.path, f"{name} ends at byte {end:,}, the file has {self.size:,}")
         return Entry(self, dtype, shape, begin, end)
 
-    def copy(self, name: str) -> torch.Tensor:
-        """The tensor in memory of its own, which goes with it: what is mapped counts as this process's until the end."""
+    def copy(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+        """The tensor, or some of its rows, in memory of its own: what is mapped counts as this process's until the end."""
         import torch
 
         entry, dtype = self._sized(name)
-        raw = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        if not entry.shape or 0 in entry.shape:
+            return self.read(name).clone()
+        first, last, _ = rows.indices(entry.shape[0])
+        row_bytes = (entry.end - entry.begin) // entry.shape[0]
+        raw = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(entry.begin)
+            file.seek(entry.begin + first * row_bytes)
             view = memoryview(raw.numpy())
             while view and (count := file.readinto(view)):
                 view = view[count:]
-        return raw.view(dtype).view(entry.shape)
+        return raw.view(dtype).view(last - first, *entry.shape[1:])
 
     def _sized(self, name: str) -> tuple[Entry, torch.dtype]:
         entry = self.entries[name]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llmctl import agreement, checkpoint, files, lineage
+from llmctl import agreement, allocator, checkpoint, files, lineage
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune import adapter
 from llmctl.finetune.changes import AdapterChanges, refuse_strangers
@@ -43,6 +43,7 @@ def merge(base: str | Path, adapters: Sequence[str | Path], output: str | Path, 
     Raises UserError for an adapter that does not fit the base or cannot be merged, CheckFailed where the result does not
     compute what base and adapters do; nothing is left under `output` then.
     """
+    allocator.return_freed_memory()
     base = Path(base)
     weights = _weights(settings, len(adapters))
     config = read_config(base)

@@ -57,10 +57,9 @@ class StreamedModel:
         bias = next((source for source in ("head_bias", "lm_head.bias") if source in self._sources), None)
         bias_V = None if bias is None else self._read(bias)
         parts = []
-        for rows in torch.arange(self.config.vocab_size).split(HEAD_ROWS):
-            weight_VD = (self._mapped(name) if self._head_VD is None else self._head_VD)[rows[0] : rows[-1] + 1].to(
-                self.dtype
-            )
+        for first in range(0, self.config.vocab_size, HEAD_ROWS):
+            rows = slice(first, first + HEAD_ROWS)
+            weight_VD = self._rows(name, rows) if self._head_VD is None else self._head_VD[rows].to(self.dtype)
             parts.append(logits(self.config.head, hidden_BTD, weight_VD, None if bias_V is None else bias_V[rows]))
         return torch.cat(parts, -1)
 
@@ -82,7 +81,7 @@ class StreamedModel:
 
         if isinstance(module, nn.Embedding):  # few of its rows are used
             source = next(iter(sources.values()))
-            module.forward = lambda ids: self._mapped(source)[ids].to(self.dtype)
+            module.forward = lambda ids_BT: self._embedded(source, ids_BT)
             return
         outermost = self.model.get_submodule(re.sub(r"(\.base)+$", "", prefix))
         outermost.register_forward_pre_hook(read)
@@ -93,9 +92,12 @@ class StreamedModel:
         tensor = self._files.copy(source.theirs)
         return source.cut(tensor if self._replaced is None else self._replaced(source.theirs, tensor)).to(self.dtype)
 
-    def _mapped(self, name: str) -> torch.Tensor:
-        """A view of the file; a mapping of its own, so that what was touched goes with it."""
+    def _rows(self, name: str, rows: slice) -> torch.Tensor:
         if self._replaced is not None:
-            return self._read(name)
-        source = self._sources[name]
-        return source.cut(checkpoint.open_tensors(self._files.path).get(source.theirs))
+            return self._read(name)[rows]
+        return self._files.copy(self._sources[name].theirs, rows).to(self.dtype)
+
+    def _embedded(self, name: str, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Rows of the mapped file: few of its pages are touched."""
+        table = self._files.get(self._sources[name].theirs) if self._replaced is None else self._read(name)
+        return table[ids_BT].to(self.dtype)

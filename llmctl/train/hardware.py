@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import resource
 import sys
 import time
@@ -40,19 +39,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) 
         synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large blocks for the next step instead of returning them to the system after each operation.
-
-    A training step allocates the same activations again and again, and first touching fresh pages costs more than many an
-    operation on them. Elsewhere than on glibc nothing happens.
-    """
-    trim_threshold, mmap_max = -1, -4  # the names of malloc.h
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "mallopt"):
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llmctl import lineage
+from llmctl import allocator, lineage
 from llmctl.devices import choose_device
 from llmctl.errors import Interrupted
 from llmctl.files import read_json
@@ -150,7 +150,7 @@ class Run:
         threads = settings.threads or (self.recorded.threads if self.recorded else None)
         if threads:
             torch.set_num_threads(threads)
-        hardware.keep_freed_memory()
+        allocator.keep_freed_memory()
         spool = None if settings.dry_run and not self.recorded else self.directory.spool
         data_sha256 = task.open(self.inputs, spool, self.recorded)
         if self.recorded:

@@ -22,15 +22,16 @@ def ours(args):
     import numpy as np
     import torch
 
+    from llmctl import allocator
     from llmctl.data.packing import Batch
     from llmctl.models.initialization import new_model
     from llmctl.models.shapes import preset
-    from llmctl.train import hardware, optim
+    from llmctl.train import optim
     from llmctl.train.loop import Trainer
     from llmctl.train.objectives import NextToken
     from llmctl.train.schedule import Schedule
 
-    hardware.keep_freed_memory()
+    allocator.keep_freed_memory()
     model = new_model(preset("gpt2", VOCAB, LENGTH), seed=0)
     if args.compile:
         for block in model.layers:
