@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from llmctl.errors import UserError
 from llmctl.stream_source import not_a_stream
 
+if TYPE_CHECKING:
+    import numpy as np
+
 VERSION = 1
+TRAIN, VAL = "train", "val"
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,9 @@ class Tally:
         counts.tokens += len(ids)
         self.max_id = max(self.max_id, int(ids.max(initial=0)))
         hashes[0].update(ids)
-        hashes[1].update(np.diff(offsets).astype("<i8"))
+        hashes[1].update((offsets[1:] - offsets[:-1]).astype("<i8"))
         if loss_mask is not None:
-            hashes[2].update(loss_mask.view(np.uint8))
+            hashes[2].update(loss_mask.view("u1"))
 
     def totals(self) -> Totals:
         for split, hashes in self.hashes.items():

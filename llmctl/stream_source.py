@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import BinaryIO
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, BinaryIO
 
 from llmctl.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # Every Arrow IPC stream starts with this marker; checking it keeps foreign bytes from being taken for a length.
 MARKER = b"\xff\xff\xff\xff"
@@ -59,6 +60,8 @@ class SequentialSource:
 
 
 def open_mapped(path: str | os.PathLike) -> pa.MemoryMappedFile:
+    import pyarrow as pa
+
     try:
         # An empty file cannot be mapped.
         if os.path.getsize(path) == 0:
@@ -70,6 +73,8 @@ def open_mapped(path: str | os.PathLike) -> pa.MemoryMappedFile:
 
 def open_reader(source: SequentialSource | pa.MemoryMappedFile, name: str) -> pa.ipc.RecordBatchStreamReader:
     """Read the schema; raises `UserError` for bytes that are no Arrow stream."""
+    import pyarrow as pa
+
     if isinstance(source, SequentialSource):
         head = source.peek(len(MARKER))
     else:

@@ -17,14 +17,13 @@ import numpy as np
 import pyarrow as pa
 
 from llmctl.errors import UserError
-from llmctl.stream_header import VERSION, SplitTotals, StreamMetadata, Tally, Totals
+from llmctl.stream_header import TRAIN, VERSION, SplitTotals, StreamMetadata, Tally, Totals
 from llmctl.stream_source import SequentialSource, expect_end, not_a_stream, open_mapped, open_reader, truncated
 
 if TYPE_CHECKING:
     from llmctl.tokenizer import Tokenizer
 
 BATCH_TOKENS = 1_000_000
-TRAIN, VAL = "train", "val"
 
 _TOTALS_KEY = b"llmctl.totals"
 _CONTINUES_KEY = b"llmctl.continues"

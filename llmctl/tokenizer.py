@@ -86,8 +86,10 @@ class Tokenizer:
         """Ids of a prompt: special tokens written in the text become their ids."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    def encode_documents(self, texts: list[str], threads: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of documents in the form for training, and where each begins.
+    def encode_documents(
+        self, texts: Sequence[str | bytes], threads: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of documents in the form for training, and where each begins; bytes are UTF-8.
 
         Returns ids uint32 [n_tokens] and offsets int64 [n_documents + 1]. What the post-processor adds stands around
         each document, and EOS at its end where the tokenizer has one. Special tokens written in the text stay text.
@@ -95,7 +97,7 @@ class Tokenizer:
         """
         if self._bulk_encoder is None:
             self._bulk_encoder = bulk.encoder_for(self._tokenizer, *self.document_edges)
-        return self._bulk_encoder.encode(texts, threads)
+        return self._bulk_encoder.encode(bulk.utf8(texts), threads)
 
     @property
     def chat_template(self) -> str | None:

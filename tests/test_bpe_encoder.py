@@ -94,8 +94,9 @@ def encoders(spec: dict):
 
 
 def assert_same(encoder, reference, texts: list[str], threads: int = 1) -> None:
-    ids, offsets = encoder.encode(texts, threads)
-    expected_ids, expected_offsets = reference.encode(texts, None)
+    documents = bulk.utf8(texts)
+    ids, offsets = encoder.encode(documents, threads)
+    expected_ids, expected_offsets = reference.encode(documents, None)
     assert (ids.dtype, offsets.dtype) == (np.uint32, np.int64)
     np.testing.assert_array_equal(offsets, expected_offsets)
     np.testing.assert_array_equal(ids, expected_ids)

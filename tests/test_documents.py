@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmctl.data import chunks, documents, text
-from llmctl.data.chunks import chunked, held_out
+from llmctl.data import chunks, documents, encoding, text
+from llmctl.data.chunks import chunked, held_out, whole_documents
 from llmctl.data.documents import DocumentReader
 from llmctl.data.encoding import ChunkEncoder
 from llmctl.data.inputs import find_inputs
 from llmctl.data.prefetch import Prefetch
-from llmctl.data.text import SEPARATORS, Group, decoded, split_text
+from llmctl.data.text import SEPARATORS, Group, split_text, valid_utf8
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.stream_source import SequentialSource
 from llmctl.tokenizer import Tokenizer
@@ -34,11 +34,11 @@ BLOCKS = st.integers(1, 20)
 def blocks_of(data, block, errors="strict"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "BLOCK", block)
-        yield from decoded(SequentialSource(io.BytesIO(data)), "x.txt", errors)
+        yield from valid_utf8(SequentialSource(io.BytesIO(data)), "x.txt", errors)
 
 
 def documents_of(groups):
-    """Whole documents: parts are joined."""
+    """Whole documents as characters: parts are joined."""
     found, is_open = [], False
     for group in groups:
         texts = list(group.texts)
@@ -48,12 +48,13 @@ def documents_of(groups):
         found += texts
         is_open = group.unfinished
     assert not is_open
-    return found
+    return [each.decode() for each in found]
 
 
 @given(content=TEXTS, block=BLOCKS)
 def test_text_is_decoded_in_blocks_of_any_size(content, block):
-    assert "".join(blocks_of(content.encode(), block)) == content.removeprefix("\ufeff")
+    blocks = list(blocks_of(content.encode(), block))
+    assert "".join(each.decode() for each in blocks) == content.removeprefix("\ufeff")
 
 
 @given(before=TEXTS, after=TEXTS, block=BLOCKS)
@@ -63,7 +64,7 @@ def test_the_first_byte_that_is_not_utf8_is_named(before, after, block):
         list(blocks_of(data, block))
     for errors in ("replace", "ignore"):
         expected = data.removeprefix(b"\xef\xbb\xbf").decode(errors=errors)
-        assert "".join(blocks_of(data, block, errors)) == expected
+        assert b"".join(blocks_of(data, block, errors)).decode() == expected
 
 
 def test_a_character_cut_off_by_the_end_is_not_utf8():
@@ -81,19 +82,40 @@ def test_utf16_is_recognized():
 def test_documents_do_not_depend_on_blocks(content, block, longest, kind):
     content = content.replace("\ufeff", "")
     separator = SEPARATORS[kind]
-    whole = [content] if separator is None else [part.strip("\r\n") for part in separator.split(content)]
-    expected = [part for part in whole if part if kind == "file" or not part.isspace()]
-    assert documents_of(split_text(blocks_of(content.encode(), block), separator, 10**6)) == expected
-    parts = documents_of(split_text(blocks_of(content.encode(), block), separator, longest))
+    whole = [content] if separator is None else re.split(separator.pattern.decode(), content)
+    expected = [part.strip("\r\n") if separator else part for part in whole]
+    expected = [part for part in expected if part if kind == "file" or not part.isspace()]
+    blocks = list(blocks_of(content.encode(), block))
+    assert documents_of(split_text(iter(blocks), separator)) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "BLOCK", block)
+        patch.setattr(text, "LONGEST", longest)
+        parts = documents_of(split_text(iter(blocks), separator))
     if kind == "file":
         assert parts == expected
     else:  # white space where a long document was cut may have looked like a separator's
         assert re.sub(r"\s", "", "".join(parts)) == re.sub(r"\s", "", "".join(expected))
 
 
+WHITE = st.text(
+    st.sampled_from("ab字é\x00\x7f \n\r\t\x0b\x1c\x1f\x85\xa0\u1680\u2003\u2028\u202f\u205f\u3000"), max_size=30
+)
+
+
+@given(content=WHITE)
+def test_a_safe_cut_is_beside_a_lone_newline_or_space_between_words(content):
+    safe = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
+    places = [len(content[: match.start()].encode()) for match in safe.finditer(content)]
+    data = content.encode()
+    assert [match.start() for match in text._SAFE.finditer(data)] == places
+    assert text.last_safe_cut(data) == (places[-1] if places else None)
+    for start in range(len(data)):
+        assert text.next_safe_cut(data, start) == next((place for place in places if place >= start), None)
+
+
 def test_blank_lines_separate_and_inner_space_stays():
     content = "\n\na\n b\n\n\nc\r\n\r\n  d  \n \t\n\ne\n"
-    assert documents_of(split_text(iter([content]), SEPARATORS["blank-line"])) == ["a\n b", "c", "  d  ", "e"]
+    assert documents_of(split_text(iter([content.encode()]), SEPARATORS["blank-line"])) == ["a\n b", "c", "  d  ", "e"]
 
 
 GROUPS = st.lists(st.lists(st.text(st.sampled_from("aé字😀\n "), min_size=1, max_size=8), min_size=1, max_size=4))
@@ -102,10 +124,11 @@ GROUPS = st.lists(st.lists(st.text(st.sampled_from("aé字😀\n "), min_size=1,
 @given(texts=GROUPS, share=st.floats(0.01, 0.99), joined=st.booleans())
 def test_exactly_the_tail_is_held_out(texts, share, joined):
     """With `joined`, all groups are parts of one document: the cut may fall between two of them."""
-    groups = [Group(part, joined and i > 0, joined and i + 1 < len(texts)) for i, part in enumerate(texts)]
+    encoded = [[each.encode() for each in part] for part in texts]
+    groups = [Group(part, joined and i > 0, joined and i + 1 < len(texts)) for i, part in enumerate(encoded)]
     if joined:
         groups = [Group(group.texts[:1], group.continues, group.unfinished) for group in groups]
-    content = "".join(text for group in groups for text in group.texts)
+    content = b"".join(text for group in groups for text in group.texts).decode()
     n_bytes = len(content.encode())
     start = n_bytes - round(n_bytes * share)
     if not 0 < start < n_bytes:
@@ -130,37 +153,69 @@ def bpe():
     return Tokenizer.train_bpe([SENTENCES], 400)
 
 
-@pytest.mark.parametrize("piece", [1, 7, 64])
-@pytest.mark.parametrize("longest", [50, 400, 10**6])
-def test_a_document_in_pieces_has_the_ids_of_the_whole(bpe, piece, longest, monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 900)
-    monkeypatch.setattr(text, "_SEARCHED", 40)
-    encoder = ChunkEncoder(bpe)
-    assert encoder.cuts_exactly
-    content = [SENTENCES, "short", SENTENCES * 2]
-    groups = [group for each in content for group in split_text(iter(re.findall("(?s).{1,100}", each)), None, longest)]
+def groups_of(contents, block, monkeypatch):
+    """The documents as they come from files that are read in blocks of so many bytes, all of whole characters."""
+    monkeypatch.setattr(text, "BLOCK", block)
+    return [group for each in contents for group in split_text(blocks_of(each.encode(), block), None)]
+
+
+def rows_of(encoder, chunks_):
     found = []
-    for chunk in chunked(groups, None, piece):
+    for chunk in chunks_:
         rows = encoder.encode(chunk)
-        assert rows.sizes.sum() == sum(len(part.encode()) for part in chunk.texts)
+        assert rows.sizes.sum() == chunk.n_bytes
         lists = [rows.ids[rows.offsets[i] : rows.offsets[i + 1]].tolist() for i in range(len(rows))]
         if rows.continues:
             found[-1] += lists.pop(0)
         found += lists
-    ids, offsets = bpe.encode_documents(content)
+    return found
+
+
+CONTENT = [SENTENCES, "short", SENTENCES * 2]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64])
+@pytest.mark.parametrize("block", [50, 400, 10**6])
+def test_a_document_in_pieces_has_the_ids_of_the_whole(bpe, piece, block, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 900)
+    monkeypatch.setattr(encoding, "PIECE", piece)
+    monkeypatch.setattr(text, "_SEARCHED", 40)
+    encoder = ChunkEncoder(bpe)
+    assert encoder.cuts_exactly
+    found = rows_of(encoder, chunked(groups_of(CONTENT, block, monkeypatch)))
+    ids, offsets = bpe.encode_documents(CONTENT)
     assert found == [part.tolist() for part in np.split(ids, offsets[1:-1])]
+
+
+@pytest.mark.parametrize("block", [50, 400, 10**6])
+def test_a_tokenizer_that_minds_cuts_gets_documents_whole(data, block, monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 900)
+    llama = Tokenizer.load(data / "models" / "stories260K")
+    encoder = ChunkEncoder(llama)
+    ids, offsets = llama.encode_documents(CONTENT)
+    groups = groups_of(CONTENT, block, monkeypatch)
+    assert rows_of(encoder, whole_documents(chunked(groups))) == [
+        part.tolist() for part in np.split(ids, offsets[1:-1])
+    ]
+    monkeypatch.setattr(chunks, "LONGEST", 1000)
+    parts = list(whole_documents(chunked(groups)))
+    assert all(each.n_bytes for each in parts) and max(len(part) for each in parts for part in each.texts) < 1000 + block
+    groups = [Group([part], joined) for each in parts for part, joined in zip(each.texts, each.joined)]
+    for group, after in zip(groups, groups[1:]):
+        group.unfinished = after.continues
+    assert documents_of(groups) == CONTENT
 
 
 def test_a_tokenizer_that_marks_the_start_of_a_text_is_known_to_mind_cuts(data):
     llama = Tokenizer.load(data / "models" / "stories260K")
     encoder = ChunkEncoder(llama)
-    assert not encoder.cuts_exactly and encoder.piece is None
+    assert not encoder.cuts_exactly
 
 
 def test_bos_and_eos_stand_around_documents_and_not_around_pieces(data):
     llama = Tokenizer.load(data / "models" / "stories260K")
     encoder = ChunkEncoder(llama)
-    (chunk,) = chunked([Group(["once upon", "a time"], unfinished=True), Group([" there", "was"], continues=True)])
+    (chunk,) = chunked([Group([b"once upon", b"a time"], unfinished=True), Group([b" there", b"was"], continues=True)])
     rows = encoder.encode(chunk)
     around, _ = llama.encode_documents([""])
     assert len(rows) == 3
@@ -297,13 +352,13 @@ def test_parquet_rows_come_a_few_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "_ROWS", 2)
     path = tmp_path / "corpus.parquet"
     pq.write_table(pa.table({"text": list("abcde")}), path)
-    assert [group.texts for group in reader_of(path)] == [["a", "b"], ["c", "d"], ["e"]]
+    assert [group.texts for group in reader_of(path)] == [[b"a", b"b"], [b"c", b"d"], [b"e"]]
 
 
 @settings(deadline=None)
 @given(items=st.lists(st.integers()), depth=st.integers(1, 4))
 def test_prefetched_items_come_in_order(items, depth):
-    with Prefetch(Prefetch(items, depth=depth), str, depth) as results:
+    with Prefetch(items, depth=depth) as source, Prefetch(source, str, depth, source) as results:
         assert list(results) == [str(item) for item in items]
 
 
@@ -312,7 +367,7 @@ def test_an_error_in_another_thread_is_raised_where_the_items_are_used():
         yield 1
         raise UserError("torn")
 
-    with Prefetch(Prefetch(items())) as results:
+    with Prefetch(items()) as source, Prefetch(source, source=source) as results:
         assert next(results) == 1
         with pytest.raises(UserError, match="torn"):
             next(results)
@@ -327,7 +382,7 @@ def test_no_work_goes_on_after_the_block():
         running.clear()
         return item
 
-    with Prefetch(Prefetch(iter(int, 1)), work) as results:
+    with Prefetch(iter(int, 1)) as source, Prefetch(map(str, source), work, source=source) as results:
         next(results)
     for _ in range(5):
         assert not running.is_set()
@@ -337,7 +392,7 @@ def test_no_work_goes_on_after_the_block():
 def test_a_source_that_never_answers_does_not_hold_up_the_end():
     waiting = threading.Event()
     started = time.monotonic()
-    with Prefetch(Prefetch(iter(waiting.wait, False)), str):
+    with Prefetch(iter(waiting.wait, False)) as source, Prefetch(map(str, source), str, source=source):
         pass
     assert time.monotonic() - started < 10
     waiting.set()

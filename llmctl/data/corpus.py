@@ -14,8 +14,9 @@ import numpy as np
 
 from llmctl.errors import UserError
 from llmctl.files import staged_file
+from llmctl.stream_header import TRAIN
 from llmctl.stream_source import SequentialSource
-from llmctl.streams import TRAIN, TokenBatch, TokenStream, Totals, read_stream
+from llmctl.streams import TokenBatch, TokenStream, Totals, read_stream
 from llmctl.tokenizer import Tokenizer
 
 SHARDS = "shard-*.arrow"

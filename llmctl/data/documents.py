@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 from collections.abc import Iterator
@@ -9,12 +10,8 @@ from itertools import chain
 from pathlib import PurePath
 from typing import BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow import types
-
 from llmctl.data.inputs import CountedFile, Input, damage_named, decompressed, temporary_copy
-from llmctl.data.text import ERRORS_HINT, LONGEST, SEPARATORS, Group, decoded, split_text
+from llmctl.data.text import BLOCK, ERRORS_HINT, SEPARATORS, Group, split_text, valid_utf8
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.stream_source import SequentialSource
 
@@ -35,7 +32,6 @@ class DocumentReader:
 
     def __init__(self, inputs: list[Input], split: str = "auto", field: str = "text", errors: str = "strict"):
         self.inputs, self.split, self.field, self.errors = inputs, split, field, errors
-        self.longest = LONGEST
         self.bytes_read = 0
         self.n_empty = 0
 
@@ -50,41 +46,56 @@ class DocumentReader:
                 self.bytes_read = before + file.n_read
 
     def _without_empty(self, group: Group) -> Group:
+        if all(group.texts):
+            return group
         texts = [text for i, text in enumerate(group.texts) if text or (i == 0 and group.continues)]
         self.n_empty += len(group.texts) - len(texts)
         return Group(texts, group.continues, group.unfinished)
 
+    def known_size(self) -> int | None:
+        """Bytes of text where the sizes of the inputs tell: each is plain text and one document."""
+        sizes = [self._plain_size(each) for each in self.inputs]
+        return None if None in sizes else sum(sizes)
+
+    def _plain_size(self, each: Input) -> int | None:
+        if not each.size or self.errors != "strict":
+            return None
+        with each.open() as file:
+            raw = SequentialSource(file)
+            source = decompressed(raw)
+            if source is not raw or self._form(source, each.name) != "file":
+                return None
+            return each.size - len(codecs.BOM_UTF8) * (source.peek(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8)
+
     def _groups(self, file: CountedFile, name: str) -> Iterator[Group]:
         raw = SequentialSource(file)
         source = decompressed(raw)
-        head = source.peek(len(_PARQUET_PAGE))
-        suffix = _suffix(name)
-        if head != _PARQUET_PAGE and suffix != ".parquet":
-            yield from self._text_groups(decoded(source, name, self.errors), name, suffix)
-            return
-        if self.split != "auto":
-            raise CalledWrongly(f"{name}: --split {self.split} is for text; the documents of parquet are its rows")
-        if not head.startswith(_PARQUET):
-            raise UserError(f"{name}: not a parquet file, it starts with {head!r}")
-        is_plain = source is raw and file.seekable()
-        with contextlib.nullcontext(file) if is_plain else temporary_copy(source) as seekable:
-            yield from parquet_rows(seekable, name, self.field, self.errors)
-
-    def _text_groups(self, blocks: Iterator[str], name: str, suffix: str) -> Iterator[Group]:
-        split = self.split
-        if split == "auto":
-            split = "jsonl" if suffix in (".jsonl", ".ndjson") else "file"
-            if not suffix:
-                first = next(blocks, "")
-                blocks = chain([first], blocks)
-                split = "jsonl" if self._is_json_line(first) else "file"
-        if split == "jsonl":
-            yield from json_lines(blocks, name, self.field, self.errors)
+        form = self._form(source, name)
+        if form == "jsonl":
+            yield from json_lines(valid_utf8(source, name, self.errors), name, self.field, self.errors)
+        elif form != "parquet":
+            yield from split_text(valid_utf8(source, name, self.errors), SEPARATORS[form])
         else:
-            yield from split_text(blocks, SEPARATORS[split], self.longest)
+            is_plain = source is raw and file.seekable()
+            with contextlib.nullcontext(file) if is_plain else temporary_copy(source) as seekable:
+                yield from parquet_rows(seekable, name, self.field, self.errors)
 
-    def _is_json_line(self, block: str) -> bool:
-        line, _, _ = block.lstrip().partition("\n")
+    def _form(self, source: SequentialSource, name: str) -> str:
+        """ "parquet", "jsonl" or what separates the documents of a text."""
+        head, suffix = source.peek(len(_PARQUET_PAGE)), _suffix(name)
+        if head == _PARQUET_PAGE or suffix == ".parquet":
+            if self.split != "auto":
+                raise CalledWrongly(f"{name}: --split {self.split} is for text; the documents of parquet are its rows")
+            if not head.startswith(_PARQUET):
+                raise UserError(f"{name}: not a parquet file, it starts with {head!r}")
+            return "parquet"
+        if self.split != "auto":
+            return self.split
+        is_json = suffix in (".jsonl", ".ndjson") or not suffix and self._is_json_line(source.peek(BLOCK))
+        return "jsonl" if is_json else "file"
+
+    def _is_json_line(self, block: bytes) -> bool:
+        line, _, _ = block.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
         try:
             value = json.loads(line)
         except ValueError:
@@ -92,11 +103,11 @@ class DocumentReader:
         return isinstance(value, dict) and self.field in value
 
 
-def json_lines(blocks: Iterator[str], name: str, field: str, errors: str) -> Iterator[Group]:
+def json_lines(blocks: Iterator[bytes], name: str, field: str, errors: str) -> Iterator[Group]:
     """The `field` of each line's object. Raises `UserError` naming the line that has none."""
     begun, number = [], 1
-    for block in chain(blocks, ["\n"]):
-        first, *lines = block.split("\n")
+    for block in chain(blocks, [b"\n"]):
+        first, *lines = block.decode().split("\n")
         begun.append(first)
         if not lines:
             continue
@@ -108,7 +119,7 @@ def json_lines(blocks: Iterator[str], name: str, field: str, errors: str) -> Ite
             yield Group(texts)
 
 
-def _field_of(line: str, place: str, field: str, errors: str) -> str:
+def _field_of(line: str, place: str, field: str, errors: str) -> bytes:
     try:
         value = _parse_json(line)
     except json.JSONDecodeError as error:
@@ -124,24 +135,22 @@ def _field_of(line: str, place: str, field: str, errors: str) -> str:
     text = value[field]
     if not isinstance(text, str):
         raise UserError(f"{place}: the field {field!r} is {type(text).__name__}, expected text", hint=_FIELD)
-    # Only an escape can bring half of a surrogate pair, which no UTF-8 can hold.
-    return _mended(text, place, errors) if "\\ud" in line or "\\uD" in line else text
-
-
-def _mended(text: str, place: str, errors: str) -> str:
     try:
-        text.encode()
-        return text
+        return text.encode()
     except UnicodeEncodeError as error:
+        # Only an escape can bring half of a surrogate pair, which no UTF-8 can hold.
         if errors == "strict":
             raise UserError(
                 f"{place}: half of a surrogate pair at character {error.start}", hint=ERRORS_HINT
             ) from error
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors)
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", errors).encode()
 
 
 def parquet_rows(file: BinaryIO, name: str, field: str, errors: str) -> Iterator[Group]:
     """The column `field` of each row, a few rows at a time. Raises `UserError` naming the row that has no text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.ParquetFile(file)
     except pa.ArrowInvalid as error:
@@ -159,11 +168,13 @@ def parquet_rows(file: BinaryIO, name: str, field: str, errors: str) -> Iterator
         row += len(values)
 
 
-def _row_text(value: bytes | None, place: str, errors: str) -> str:
+def _row_text(value: bytes | None, place: str, errors: str) -> bytes:
     if value is None:
         raise UserError(f"{place} holds no text")
+    if value.isascii():
+        return value
     try:
-        return value.decode("utf-8", errors)
+        return value.decode("utf-8", errors).encode()
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: the byte at offset {error.start} is not UTF-8", hint=ERRORS_HINT) from error
 
@@ -175,6 +186,8 @@ def _suffix(name: str) -> str:
 
 
 def _holds_text(column_type) -> bool:
+    from pyarrow import types
+
     if types.is_dictionary(column_type):
         column_type = column_type.value_type
     return any(

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-import pyarrow as pa
-
 from llmctl.errors import UserError
 from llmctl.stream_source import SequentialSource
 
@@ -94,10 +92,12 @@ def _find(path: str) -> Input:
 def decompressed(source: SequentialSource) -> SequentialSource:
     """`source` itself, or what its gzip or zstd members hold."""
     head = source.peek(max(map(len, _CODECS)))
-    for magic, codec in _CODECS.items():
-        if head.startswith(magic):
-            return SequentialSource(pa.CompressedInputStream(pa.PythonFile(source, mode="r"), codec))
-    return source
+    codec = next((codec for magic, codec in _CODECS.items() if head.startswith(magic)), None)
+    if codec is None:
+        return source
+    import pyarrow as pa
+
+    return SequentialSource(pa.CompressedInputStream(pa.PythonFile(source, mode="r"), codec))
 
 
 @contextlib.contextmanager

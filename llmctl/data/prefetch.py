@@ -18,12 +18,18 @@ _WAIT_FOR_WORK = 30.0
 class Prefetch(Generic[T]):
     """Iterates over `work` applied to `items`, done in a thread of its own that is at most `depth` items ahead.
 
-    What the thread raises is raised here. Leaving the `with` block ends the thread, and the one of `items` where that
-    is a `Prefetch` too: native code must not be running when the program ends and frees what it uses.
+    What the thread raises is raised here. Leaving the `with` block ends the thread, and that of `source`, the `Prefetch`
+    that the items come from: native code must not be running when the program ends and frees what it uses.
     """
 
-    def __init__(self, items: Iterable, work: Callable[..., T] = lambda item: item, depth: int = 2):
-        self._items, self._work = items, work
+    def __init__(
+        self,
+        items: Iterable,
+        work: Callable[..., T] = lambda item: item,
+        depth: int = 2,
+        source: Prefetch | None = None,
+    ):
+        self._items, self._work, self._source = items, work, source
         self._results: queue.Queue = queue.Queue(depth)
         self._stopped = threading.Event()
         # A daemon: blocked in the read of a pipe, it must not hold up the end of the program.
@@ -35,11 +41,11 @@ class Prefetch(Generic[T]):
 
     def __exit__(self, *error: object) -> None:
         self._stopped.set()
-        if isinstance(self._items, Prefetch):
-            self._items.__exit__(*error)
+        if self._source is not None:
+            self._source.__exit__(*error)
         with contextlib.suppress(queue.Full):  # a full queue has nobody waiting for it
             self._results.put_nowait((None, StopIteration()))
-        self._thread.join(_WAIT_FOR_WORK if isinstance(self._items, Prefetch) else _WAIT_FOR_READER)
+        self._thread.join(_WAIT_FOR_READER if self._source is None else _WAIT_FOR_WORK)
 
     def __iter__(self) -> Iterator[T]:
         return self

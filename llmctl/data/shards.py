@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import numpy as np
 
 from llmctl.data.encoding import Rows
+from llmctl.data.tokenize_settings import TokenizeSettings, is_one_file
+from llmctl.files import staged_directory, staged_file
 from llmctl.streams import TokenStreamWriter
 from llmctl.tokenizer import Tokenizer
+
+SHARD_TOKENS = 100_000_000
 
 
 class ShardWriter:
@@ -61,3 +67,30 @@ class ShardWriter:
 
     def _finish(self, last: bool) -> None:
         self._writer.close(dict(self._shard_bytes), shard=self._number, last=last)
+
+
+@contextlib.contextmanager
+def opened(
+    output: str | os.PathLike | BinaryIO, tokenizer: Tokenizer, settings: TokenizeSettings
+) -> Iterator[ShardWriter]:
+    """A writer to the output, closed with its totals, and kept, only when the block ends well."""
+    shard_tokens = None
+    with contextlib.ExitStack() as stack:
+        if not isinstance(output, (str, os.PathLike)):
+            sink = output
+        elif is_one_file(output):
+            sink = stack.enter_context(staged_file(output, settings.overwrite))
+        else:
+            directory = stack.enter_context(staged_directory(output, settings.overwrite))
+            shard_tokens = settings.shard_tokens or SHARD_TOKENS
+            shard = stack.enter_context(contextlib.ExitStack())
+
+        def open_sink(number: int) -> BinaryIO:
+            if shard_tokens is None:
+                return sink
+            shard.close()
+            return shard.enter_context(open(directory / f"shard-{number:05}.arrow", "xb"))
+
+        writer = ShardWriter(open_sink, tokenizer, split=settings.val_fraction > 0, shard_tokens=shard_tokens)
+        yield writer
+        writer.close()

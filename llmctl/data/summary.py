@@ -9,8 +9,8 @@ from typing import Any
 
 from llmctl.data.corpus import contents_sha256
 from llmctl.errors import UserError
-from llmctl.stream_header import Totals
-from llmctl.streams import TRAIN, TokenBatch, TokenStream
+from llmctl.stream_header import TRAIN, Totals
+from llmctl.streams import TokenBatch, TokenStream
 from llmctl.tokenizer import Tokenizer
 
 SHOWN_TOKENS = 1000  # of a document; the rest is counted and not shown

@@ -1,4 +1,4 @@
-"""From bytes to documents of plain text, in memory that does not depend on their length."""
+"""From bytes to documents of plain text, all in UTF-8, in memory that does not depend on their length."""
 
 from __future__ import annotations
 
@@ -11,46 +11,68 @@ from llmctl.errors import UserError
 from llmctl.stream_source import MARKER, SequentialSource
 
 BLOCK = 1 << 18
-# A document longer than this is handed on in parts even where nothing but a character boundary offers itself.
+# A document longer than this is cut even where nothing but a character boundary offers itself.
 LONGEST = 1 << 24
 ERRORS_HINT = "--errors replace puts U+FFFD in its place, --errors ignore leaves it out"
 
 SEPARATORS = {
     "file": None,
-    "line": re.compile(r"[\r\n]+"),
-    "blank-line": re.compile(r"\r?\n(?:[ \t]*\r?\n)+"),
+    "line": re.compile(rb"[\r\n]+"),
+    "blank-line": re.compile(rb"\r?\n(?:[ \t]*\r?\n)+"),
 }
-# After a lone newline, or before a lone space, between words: there the pre-tokenizers of all byte-level BPEs break
-# too, so that the ids of the two parts are those of the whole.
-_SAFE = re.compile(r"(?<=\S\n)(?=\S)|(?<=\S)(?= \S)")
 _SEARCHED = 1 << 12
+
+
+def _safe_places() -> re.Pattern[bytes]:
+    """After a lone newline, or before a lone space, between words.
+
+    There the pre-tokenizers of all byte-level BPEs break too, so that the ids of the two parts are those of the whole.
+    """
+    wide = [
+        rb"\xc2[\x85\xa0]",
+        rb"\xe1\x9a\x80",
+        rb"\xe2\x80[\x80-\x8a\xa8\xa9\xaf]",
+        rb"\xe2\x81\x9f",
+        rb"\xe3\x80\x80",
+    ]
+    black = rb"[^\t-\r\x1c-\x20]"  # of ASCII; white space beyond it is `wide`
+    word = rb"(?!%s)%s" % (b"|".join(wide), black)
+    after_newline = rb"(?<=%s\n)(?=%s)" % (black, word) + b"".join(rb"(?<!%s\n)" % space for space in wide)
+    before_space = rb"(?<=%s)(?= %s)" % (black, word) + b"".join(rb"(?<!%s)" % space for space in wide)
+    return re.compile(after_newline + b"|" + before_space)
+
+
+_SAFE = _safe_places()
 
 
 @dataclass
 class Group:
     """Documents in order. With `continues` the first goes on with the last of the group before, which is `unfinished`."""
 
-    texts: list[str]
+    texts: list[bytes]
     continues: bool = False
     unfinished: bool = False
 
 
-def decoded(source: SequentialSource, name: str, errors: str) -> Iterator[str]:
-    """UTF-8 text in blocks, without a byte order mark; `errors` as in `bytes.decode`.
+def valid_utf8(source: SequentialSource, name: str, errors: str) -> Iterator[bytes]:
+    """The text in blocks of whole characters, without a byte order mark; `errors` as in `bytes.decode`.
 
     Raises `UserError` naming the offset of the first byte that is not UTF-8 under "strict".
     """
     held, offset = b"", 0
     while True:
         block = source.read(BLOCK)
-        data = held + block
+        data = held + block if held else block
         if offset == 0:
             data = data.removeprefix(codecs.BOM_UTF8)
             offset = len(held) + len(block) - len(data)
-        try:
-            text, used = codecs.utf_8_decode(data, errors, not block)
-        except UnicodeDecodeError as error:
-            raise _not_utf8(name, data, offset, error) from error
+        text, used = data, len(data)
+        if not data.isascii():
+            try:
+                characters, used = codecs.utf_8_decode(data, errors, not block)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(name, data, offset, error) from error
+            text = data[:used] if errors == "strict" else characters.encode()
         held, offset = data[used:], offset + used
         if text:
             yield text
@@ -58,15 +80,15 @@ def decoded(source: SequentialSource, name: str, errors: str) -> Iterator[str]:
             return
 
 
-def split_text(blocks: Iterator[str], separator: re.Pattern | None, longest: int = LONGEST) -> Iterator[Group]:
+def split_text(blocks: Iterator[bytes], separator: re.Pattern[bytes] | None) -> Iterator[Group]:
     """Documents between separators, or one document; blank ones are dropped.
 
-    A document longer than `longest` characters comes in parts.
+    A document longer than a block comes in parts, cut in safe places or, where none is found for long, anywhere.
     """
-    tail, continues = "", False
+    tail, continues = b"", False
     for block in blocks:
-        tail += block
-        whole: list[str] = []
+        tail = tail + block if tail else block
+        whole: list[bytes] = []
         if separator is not None:
             # Trailing white space may be half of a separator.
             body = tail.rstrip()
@@ -75,8 +97,10 @@ def split_text(blocks: Iterator[str], separator: re.Pattern | None, longest: int
         if whole:
             yield Group(_trimmed(whole, continues), continues)
             continues = False
-        if len(tail) >= longest:
-            cut = last_safe_cut(tail)
+        cut = last_safe_cut(tail) if len(tail) >= BLOCK else None
+        if len(tail) >= LONGEST:
+            cut = last_cut(tail)
+        if cut is not None:
             yield Group([tail[:cut]], continues, unfinished=True)
             tail, continues = tail[cut:], True
     last = [tail] if separator is None else _trimmed(separator.split(tail), continues)
@@ -84,29 +108,41 @@ def split_text(blocks: Iterator[str], separator: re.Pattern | None, longest: int
         yield Group(last, continues)
 
 
-def next_safe_cut(text: str, position: int) -> int | None:
+def next_safe_cut(text: bytes, position: int) -> int | None:
     """The first place from `position` on where cutting leaves the tokens as they are; None where none is near."""
     match = _SAFE.search(text, position, position + _SEARCHED)
     return match.start() if match else None
 
 
-def last_safe_cut(text: str) -> int:
-    """The last such place, or the end of the text where there is none."""
-    stop = len(text)
-    while stop > 0:
-        start = max(stop - _SEARCHED, 0)
-        # Two characters more, for the pattern looks ahead.
-        places = [match.start() for match in _SAFE.finditer(text, start, stop + 2)]
-        if places:
-            return places[-1]
-        stop = start
-    return len(text)
+def last_safe_cut(text: bytes) -> int | None:
+    """The last such place; None where none is near the end."""
+    first = max(len(text) - _SEARCHED, 0)
+    space, newline = text.rfind(b" ", first), text.rfind(b"\n", first)
+    while (place := max(space, newline + 1)) > 0:
+        if _SAFE.match(text, place):
+            return place
+        if place == newline + 1:
+            newline = text.rfind(b"\n", first, newline)
+        if place == space:
+            space = text.rfind(b" ", first, space)
+    return None
 
 
-def _trimmed(texts: list[str], continues: bool) -> list[str]:
-    """Without newlines at the ends and blank texts, except that the end of a continued document stays."""
-    stripped = [text.strip("\r\n") for text in texts]
-    return [text for i, text in enumerate(stripped) if (i == 0 and continues) or (text and not text.isspace())]
+def last_cut(text: bytes) -> int:
+    """The last place where a text that is too long may be cut: a safe one, or the end without its white space."""
+    return last_safe_cut(text) or len(text.rstrip()) or len(text)
+
+
+def _trimmed(texts: list[bytes], continues: bool) -> list[bytes]:
+    """Without newlines at the ends and blank texts, except that a continued document stays and goes on as it is."""
+    kept = [texts[0].rstrip(b"\r\n")] if continues else []
+    stripped = (text.strip(b"\r\n") for text in texts[len(kept) :])
+    return kept + [text for text in stripped if not _is_blank(text)]
+
+
+def _is_blank(text: bytes) -> bool:
+    # Nearly every text begins with a letter, and need not be decoded.
+    return not b"!" <= text[:1] <= b"~" and not text.decode().strip()
 
 
 def _not_utf8(name: str, data: bytes, offset: int, error: UnicodeDecodeError) -> UserError:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, takewhile
-from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from llmctl.data.chunks import chunked, text_bytes
+from llmctl.data.chunks import chunked, text_bytes, whole_documents
 from llmctl.data.documents import DocumentReader
-from llmctl.data.encoding import ChunkEncoder
 from llmctl.data.inputs import find_inputs
 from llmctl.data.prefetch import Prefetch
-from llmctl.data.shards import ShardWriter
-from llmctl.data.text import BLOCK, LONGEST
-from llmctl.data.tokenize_settings import TokenizeSettings
+from llmctl.data.tokenize_settings import TokenizeSettings, is_one_file
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.files import refuse_existing, staged_directory, staged_file
+from llmctl.files import refuse_existing, staged_directory
 from llmctl.quantities import format_size
-from llmctl.streams import TRAIN
-from llmctl.tokenizer import Tokenizer
+from llmctl.stream_header import TRAIN
 
-SHARD_TOKENS = 100_000_000
+if TYPE_CHECKING:
+    from llmctl.data.encoding import Rows
+    from llmctl.data.shards import ShardWriter
+    from llmctl.tokenizer import Tokenizer
+
+READ_AHEAD = 4  # chunks
 
 log = logging.getLogger("llmctl")
 
@@ -58,28 +57,42 @@ def tokenize(
         for each in reader.inputs:
             each.spool()
     val_start = _val_start(reader, settings.val_fraction, report) if settings.val_fraction else None
-    encoder = ChunkEncoder(_tokenizer(reader, val_start, settings, report), settings.workers)
-    # Parts that join exactly may be short; other tokenizers get documents whole as far as memory allows.
-    reader.longest = BLOCK if encoder.cuts_exactly else LONGEST
-    with Prefetch(Prefetch(chunked(reader, val_start, encoder.piece)), encoder.encode) as rows:
-        first = next(rows, None)
-        if first is None:
-            raise _empty(reader)
-        if settings.save_tokenizer:
-            with staged_directory(settings.save_tokenizer, settings.overwrite) as directory:
-                encoder.tokenizer.save(directory)
-        with _opened(output, encoder.tokenizer, settings) as writer:
-            for each in chain([first], rows):
-                writer.write(each)
-                report(_progress(reader, writer))
+    trained = _train_tokenizer(reader, val_start, settings, report) if settings.tokenizer is None else None
+    # Each library is loaded while the stage in front of it is at work already.
+    with Prefetch(chunked(reader, val_start), depth=READ_AHEAD) as chunks:
+        from llmctl.data.encoding import ChunkEncoder
+        from llmctl.tokenizer import Tokenizer
+
+        encoder = ChunkEncoder(trained or Tokenizer.load(settings.tokenizer), settings.workers)
+        parts = chunks if encoder.cuts_exactly else whole_documents(chunks)
+        with Prefetch(parts, encoder.encode, source=chunks) as rows:
+            counts = _write(rows, output, encoder.tokenizer, settings, reader, report)
     if reader.n_empty:
         log.info("%d empty documents were left out", reader.n_empty)
+    return counts
+
+
+def _write(
+    rows: Iterator[Rows],
+    output: str | os.PathLike | BinaryIO,
+    tokenizer: Tokenizer,
+    settings: TokenizeSettings,
+    reader: DocumentReader,
+    report: Report,
+) -> dict[str, Counter]:
+    from llmctl.data.shards import opened
+
+    first = next(rows, None)
+    if first is None:
+        raise _empty(reader)
+    if settings.save_tokenizer:
+        with staged_directory(settings.save_tokenizer, settings.overwrite) as directory:
+            tokenizer.save(directory)
+    with opened(output, tokenizer, settings) as writer:
+        for each in chain([first], rows):
+            writer.write(each)
+            report(_progress(reader, writer))
     return writer.counts
-
-
-def is_one_file(output: str | os.PathLike) -> bool:
-    """Whether an output's name is that of one file, rather than of a directory of shards."""
-    return Path(output).suffix == ".arrow"
 
 
 def _check_outputs(output: str | os.PathLike | BinaryIO, settings: TokenizeSettings) -> None:
@@ -93,11 +106,10 @@ def _check_outputs(output: str | os.PathLike | BinaryIO, settings: TokenizeSetti
 
 
 def _val_start(reader: DocumentReader, fraction: float, report: Report) -> int:
-    """The text byte at which validation begins; this reads the whole input once."""
-    total = 0
-    for group in reader:
-        total += text_bytes(group.texts)
-        report(Progress("measure", reader.bytes_read, _size(reader)))
+    """The text byte at which validation begins."""
+    total = reader.known_size()
+    if total is None:
+        total = _measured_size(reader, report)
     if total == 0:
         raise _empty(reader)
     n_val = round(total * fraction)
@@ -106,9 +118,20 @@ def _val_start(reader: DocumentReader, fraction: float, report: Report) -> int:
     return total - n_val
 
 
-def _tokenizer(reader: DocumentReader, val_start: int | None, settings: TokenizeSettings, report: Report) -> Tokenizer:
-    if settings.tokenizer is not None:
-        return Tokenizer.load(settings.tokenizer)
+def _measured_size(reader: DocumentReader, report: Report) -> int:
+    """Bytes of text; this reads the whole input once."""
+    total = 0
+    for group in reader:
+        total += text_bytes(group.texts)
+        report(Progress("measure", reader.bytes_read, _size(reader)))
+    return total
+
+
+def _train_tokenizer(
+    reader: DocumentReader, val_start: int | None, settings: TokenizeSettings, report: Report
+) -> Tokenizer:
+    from llmctl.tokenizer import Tokenizer
+
     limit = settings.train_sample if val_start is None else min(settings.train_sample, val_start)
     sample = _sample(reader, limit, report)
     first = next(sample, None)
@@ -130,36 +153,9 @@ def _sample(reader: DocumentReader, limit: int, report: Report) -> Iterator[str]
     """The texts up to byte `limit`."""
     done = 0
     for chunk in takewhile(lambda chunk: chunk.split == TRAIN, chunked(reader, limit)):
-        yield from chunk.texts
-        done += int(chunk.sizes.sum())
+        yield from (text.decode() for text in chunk.texts)
+        done += chunk.n_bytes
         report(Progress("learn", done, limit))
-
-
-@contextlib.contextmanager
-def _opened(
-    output: str | os.PathLike | BinaryIO, tokenizer: Tokenizer, settings: TokenizeSettings
-) -> Iterator[ShardWriter]:
-    """A writer to the output, closed with its totals, and kept, only when the block ends well."""
-    shard_tokens = None
-    with contextlib.ExitStack() as stack:
-        if not isinstance(output, (str, os.PathLike)):
-            sink = output
-        elif is_one_file(output):
-            sink = stack.enter_context(staged_file(output, settings.overwrite))
-        else:
-            directory = stack.enter_context(staged_directory(output, settings.overwrite))
-            shard_tokens = settings.shard_tokens or SHARD_TOKENS
-            shard = stack.enter_context(contextlib.ExitStack())
-
-        def open_sink(number: int) -> BinaryIO:
-            if shard_tokens is None:
-                return sink
-            shard.close()
-            return shard.enter_context(open(directory / f"shard-{number:05}.arrow", "xb"))
-
-        writer = ShardWriter(open_sink, tokenizer, split=settings.val_fraction > 0, shard_tokens=shard_tokens)
-        yield writer
-        writer.close()
 
 
 def _progress(reader: DocumentReader, writer: ShardWriter) -> Progress:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,3 +70,8 @@ class TokenizeSettings:
         metadata={"at_least": 1, "show_default": "all cores", "help": "Threads that encode."},
     )
     overwrite: bool = dataclasses.field(default=False, metadata={"help": "Replace an output that exists."})
+
+
+def is_one_file(output: str | os.PathLike) -> bool:
+    """Whether an output's name is that of one file, rather than of a directory of shards."""
+    return Path(output).suffix == ".arrow"

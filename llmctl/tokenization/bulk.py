@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import tokenizers
@@ -14,7 +14,7 @@ from llmctl.errors import UserError
 from llmctl.ops import bpe, native
 from llmctl.tokenization import byte_level
 
-# Characters given to the library at once: its encodings are large, so they live for a batch only.
+# Bytes given to the library at once: its encodings are large, so they live for a batch only.
 BATCH = 1 << 22
 
 
@@ -27,7 +27,7 @@ class LibraryEncoder:
         self._front = np.array(front, np.uint32)
         self._back = np.array(back, np.uint32)
 
-    def encode(self, texts: list[str], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: list[bytes], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
         """ids uint32 [n_tokens], offsets int64 [n_documents + 1]; `threads` is the library's own choice."""
         parts, lengths = [], [0]
         for batch in _batches(texts):
@@ -47,9 +47,9 @@ class NativeEncoder:
         self._front = np.array(front, np.uint32)
         self._back = np.array(back, np.uint32)
 
-    def encode(self, texts: list[str], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: list[bytes], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
         """ids uint32 [n_tokens], offsets int64 [n_documents + 1]; by default on every core of this process."""
-        return self._encoder.encode(_utf8(texts), self._front, self._back, threads or available_cores())
+        return self._encoder.encode(texts, self._front, self._back, threads or available_cores())
 
 
 class NormalizingEncoder:
@@ -65,9 +65,9 @@ class NormalizingEncoder:
         self._has_added_tokens = has_added_tokens
         self._normalize = NFC().normalize_str
 
-    def encode(self, texts: list[str], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: list[bytes], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
         """ids uint32 [n_tokens], offsets int64 [n_documents + 1]; by default on every core of this process."""
-        normal = [text if text.isascii() else self._normalize(text) for text in texts]
+        normal = [text if text.isascii() else self._normalize(text.decode()).encode() for text in texts]
         ids, offsets = self._native.encode(normal, threads)
         changed = [row for row, text in enumerate(texts) if normal[row] != text]
         if not (changed and self._has_added_tokens):
@@ -108,22 +108,21 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _utf8(texts: list[str]) -> list[bytes]:
-    """UTF-8 of documents; raises UserError for lone surrogates, which it cannot hold."""
+def utf8(texts: Sequence[str | bytes]) -> list[bytes]:
+    """UTF-8 of documents, of which some may be that already; raises UserError for lone surrogates, which it cannot hold."""
     try:
-        return [text.encode() for text in texts]
+        return [text if isinstance(text, bytes) else text.encode() for text in texts]
     except UnicodeEncodeError as error:
         number = next(number for number, text in enumerate(texts) if text is error.object)
         raise UserError(f"document {number} holds a lone surrogate at character {error.start}") from error
 
 
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    _utf8(texts)
+def _batches(texts: list[bytes]) -> Iterator[list[str]]:
     start = size = 0
     for position, text in enumerate(texts):
         size += len(text)
         if size >= BATCH:
-            yield texts[start : position + 1]
+            yield [text.decode() for text in texts[start : position + 1]]
             start, size = position + 1, 0
     if start < len(texts):
-        yield texts[start:]
+        yield [text.decode() for text in texts[start:]]
