@@ -47,8 +47,9 @@ def generate(
     """
     from llmctl.generation.records import Row
     from llmctl.generation.session import Session
-    from llmctl.generation.settings import Sampling, eos_ids
+    from llmctl.generation.settings import Sampling, read_marks, sampling_from
 
-    session = Session(model, tokenizer, Sampling(), eos_ids({}, model.config.hf, tokenizer.eos_id))
+    recommended = sampling_from({}, has_source=model.config.encoder is not None)
+    session = Session(model, tokenizer, recommended, read_marks({}, model.config.hf, tokenizer.eos_id))
     rows = [Row(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     return [answer.completion for answer in session.answer(rows, Sampling(**sampling), batch_size=batch_size)]

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 import llmctl as api
 from llmctl.errors import UserError
-from llmctl.generation import decode as decode_module
 from llmctl.generation.complete import complete, encode_prompt, prepare
 from llmctl.generation.completion import Completion
 from llmctl.generation.session import Session
-from llmctl.generation.settings import Sampling, resolve
+from llmctl.generation.settings import Marks, Sampling, resolve
+from llmctl.models import causal_lm
 from llmctl.models.loading import load_model
 from llmctl.tokenizer import Tokenizer
 
@@ -163,7 +163,7 @@ def session_text(session, prompt, **sampling):
 
 
 def push_all(ids, tokenizer, **sampling):
-    completion = Completion([97], resolve(Sampling(**sampling)), 0, len(ids) + 1, frozenset({256}), tokenizer)
+    completion = Completion([97], resolve(Sampling(**sampling)), 0, len(ids) + 1, Marks(frozenset({256})), tokenizer)
     pieces = []
     for token in ids:
         completion.push(token)
@@ -206,7 +206,8 @@ def test_any_of_several_end_tokens_ends_a_text_and_can_be_ignored(session):
     stop_at = next(i for i, token in enumerate(ids) if token in first)
     for ignore, expected in ((False, ids[: stop_at + 1]), (True, ids)):
         sampling = resolve(Sampling(temperature=0.0, max_new_tokens=10, ignore_eos=ignore))
-        (completion,) = complete(session.model, [prepare(session.model, [97], sampling, eos_ids=frozenset(first))], 1)
+        marks = Marks(frozenset(first))
+        (completion,) = complete(session.model, [prepare(session.model, [97], sampling, marks=marks)], 1)
         assert completion.ids == expected
         assert completion.finish_reason == ("length" if ignore else "stop")
 
@@ -251,7 +252,7 @@ def test_out_of_memory_names_the_flag(session, monkeypatch):
     def no_room(*args, **kwargs):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(decode_module, "Cache", no_room)
+    monkeypatch.setattr(causal_lm, "Cache", no_room)
     with pytest.raises(UserError, match="out of memory for 1 sequences of up to 21 tokens") as caught:
         session_text(session, "ab")
     assert "--batch-size" in caught.value.hint

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.generation import philox
+from llmctl.generation.rules import Rules
 from llmctl.generation.sampling import Sampler
 from llmctl.generation.settings import DEFAULTS, Sampling, eos_ids, resolve, sampling_from
 
@@ -19,7 +20,8 @@ VOCAB = 50
 
 def sampler(*rows: Sampling, prompts=None, sequences=None, vocab_size=VOCAB) -> Sampler:
     prompts = prompts or [[0]] * len(rows)
-    return Sampler([resolve(row) for row in rows], sequences or range(len(rows)), prompts, vocab_size)
+    settings = [resolve(row) for row in rows]
+    return Sampler(settings, sequences or range(len(rows)), Rules(settings, prompts, vocab_size))
 
 
 def some_logits(rows: int = 1, vocab_size: int = VOCAB, seed: int = 0) -> torch.Tensor:
@@ -102,7 +104,7 @@ def test_filters_agree_with_transformers_row_by_row(rows, seed):
     logits = some_logits(len(rows), seed=seed)
     prompts = [[3, 7, 7, 20 + i] for i in range(len(rows))]
     ours = sampler(*rows, prompts=prompts)
-    processed = ours.filtered(ours.penalized(logits))
+    processed = ours.filtered(ours.rules.apply(logits))
     for i, row in enumerate(rows):
         expected = reference_logits(logits[i : i + 1], torch.tensor(prompts[i : i + 1]), resolve(row))
         torch.testing.assert_close(processed[i : i + 1], expected)
@@ -127,21 +129,21 @@ def test_presence_and_frequency_count_the_generated_text_only():
     ours = sampler(Sampling(temperature=0.0, presence_penalty=0.5, frequency_penalty=0.25), prompts=[[1, 1, 2]])
     logits = torch.zeros(1, VOCAB)
     logits[0, 4] = 10.0
-    assert torch.equal(ours.penalized(logits), logits)
+    assert torch.equal(ours.rules.apply(logits), logits)
     for _ in range(3):
         assert ours.draw(logits).tokens_B.tolist() == [4]
     expected = logits.clone()
     expected[0, 4] -= 0.5 + 3 * 0.25
-    assert torch.equal(ours.penalized(logits), expected)
+    assert torch.equal(ours.rules.apply(logits), expected)
 
 
 def test_repetition_counts_prompt_and_text_and_only_the_row_of_its_own():
     ours = sampler(Sampling(repetition_penalty=2.0), Sampling(), prompts=[[1], [2]])
     logits = torch.full((2, VOCAB), -1.0)
     logits[:, 1] = 4.0
-    assert ours.penalized(logits)[0, 1] == 2.0 and torch.equal(ours.penalized(logits)[1], logits[1])
+    assert ours.rules.apply(logits)[0, 1] == 2.0 and torch.equal(ours.rules.apply(logits)[1], logits[1])
     first = ours.draw(logits).tokens_B[0].item()
-    assert ours.penalized(logits)[0, first] == (2.0 if first == 1 else -2.0)
+    assert ours.rules.apply(logits)[0, first] == (2.0 if first == 1 else -2.0)
 
 
 @pytest.mark.parametrize("row", [Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=0.0, top_p=0.1)])

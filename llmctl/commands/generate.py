@@ -20,6 +20,7 @@ from llmctl.generation.settings import Run, Sampling
     cat corpus.txt | llmctl tokenize | llmctl pretrain | llmctl generate - -p "ROMEO:"
     llmctl generate runs/base "To be" --num-samples 4 --seed 1 --stop "."
     llmctl generate runs/base --jsonl < prompts.jsonl > completions.jsonl
+    llmctl generate t5-small "translate English to German: Good morning." --num-beams 4
     """
 )
 @options.model_argument
@@ -28,7 +29,7 @@ from llmctl.generation.settings import Run, Sampling
 @options.settings(Run, into="run")
 @options.settings(Sampling)
 def command(model, prompt, prompt_flag, settings, run):
-    """Continue a prompt with a language model.
+    """Continue a prompt with a language model, or answer it with an encoder-decoder.
 
     MODEL is a checkpoint directory, or - to read its path from standard input. PROMPT is text; - or none at all reads
     it from standard input, less the newline at its end. Settings that are not given come from the checkpoint's
@@ -56,7 +57,7 @@ def command(model, prompt, prompt_flag, settings, run):
     if run.jsonl or run.num_samples > 1:
         _print_answers(session, rows, settings, run, report)
     else:
-        report.add(_stream(session, rows[0].prompt, settings, run.echo))
+        report.add(_stream(session, rows[0].prompt, settings, _echoes(run, session)))
     for note in report.notes():
         ui.note(note)
     if run.stats:
@@ -76,7 +77,7 @@ def _print_answers(session, rows, settings, run, report):
     with contextlib.nullcontext() if lines_would_mix else ui.progress("generate", unit="completions") as bar:
         for answer in session.answer(rows, settings, run.num_samples, run.batch_size):
             report.add(answer.completion)
-            ui.print_data(answer.json_line(session.tokenizer) if run.jsonl else answer.text(run.echo))
+            ui.print_data(answer.json_line(session.tokenizer) if run.jsonl else answer.text(_echoes(run, session)))
             if bar:
                 bar.update(report.n_completions)
 
@@ -88,6 +89,10 @@ def _stream(session, prompt, settings, echo):
         ui.print_data(piece, end="")
     ui.print_data("")
     return completion
+
+
+def _echoes(run, session):
+    return session.continues_prompts if run.echo is None else run.echo
 
 
 def _chosen_prompt(model, argument, flag):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from llmctl.errors import UserError
 from llmctl.generation.completion import Completion
 from llmctl.generation.decode import decode
-from llmctl.generation.settings import Sampling
+from llmctl.generation.settings import NO_MARKS, Marks, Sampling
 from llmctl.models.causal_lm import CausalLM
 from llmctl.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ def prepare(
     sampling: Sampling,
     *,
     sequence: int = 0,
-    eos_ids: frozenset[int] = frozenset(),
+    marks: Marks = NO_MARKS,
     tokenizer: Tokenizer | None = None,
     name: str = "the prompt",
 ) -> Completion:
@@ -41,7 +41,8 @@ def prepare(
     `sampling` is resolved. The new tokens fill the context at most; the last one may lie just outside, since it is
     not read back.
     """
-    context, vocab_size = model.config.max_positions, model.config.vocab_size
+    config = model.config
+    context, vocab_size = (config.encoder or config).max_positions, config.vocab_size
     if context is not None and len(prompt_ids) > context:
         raise UserError(
             f"{name} has {len(prompt_ids)} tokens; the model's context is {context}", hint="shorten it: it is never cut"
@@ -51,21 +52,31 @@ def prepare(
             f"{name} has token {max(prompt_ids)}; the model's vocabulary ends at {vocab_size - 1}",
             hint="this is not the tokenizer that the model was trained with",
         )
+    continued = model.continued(prompt_ids, marks.start)
     max_new_tokens = sampling.max_new_tokens
-    if context is not None:
-        max_new_tokens = min(max_new_tokens, context - len(prompt_ids) + 1)
-    return Completion(prompt_ids, sampling, sequence, max_new_tokens, eos_ids, tokenizer)
+    if config.max_positions is not None:
+        max_new_tokens = min(max_new_tokens, config.max_positions - len(continued) + 1)
+    return Completion(prompt_ids, sampling, sequence, max_new_tokens, marks, tokenizer, continued)
 
 
 def complete(model: CausalLM, completions: Iterable[Completion], batch_size: int) -> Iterator[Completion]:
-    """Run prepared completions to their ends; each is given back as soon as all before it have been."""
+    """Run prepared completions to their ends; each is given back as soon as all before it have been.
+
+    `batch_size` counts the sequences that run together: as many for a completion as its search has beams.
+    """
     waiting = iter(completions)
     while window := list(itertools.islice(waiting, batch_size * BATCHES_PER_WINDOW)):
-        # Longest first: if memory is short, it shows at once.
-        by_length = sorted(window, key=lambda completion: -len(completion.prompt_ids))
         given = 0
-        for start in range(0, len(by_length), batch_size):
-            for _ in decode(model, by_length[start : start + batch_size]):
+        for batch in _batches(window, batch_size):
+            for _ in decode(model, batch):
                 while given < len(window) and window[given].finish_reason is not None:
                     yield window[given]
                     given += 1
+
+
+def _batches(completions: Sequence[Completion], batch_size: int) -> Iterator[list[Completion]]:
+    """Like with like: of one number of beams, and of near lengths. Longest first: if memory is short, it shows at once."""
+    ordered = sorted(completions, key=lambda completion: (completion.sampling.num_beams, -len(completion.prompt_ids)))
+    for n_beams, alike in itertools.groupby(ordered, key=lambda completion: completion.sampling.num_beams):
+        while batch := list(itertools.islice(alike, max(1, batch_size // n_beams))):
+            yield batch

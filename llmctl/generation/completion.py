@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from llmctl.generation.settings import Sampling
+from llmctl.generation.settings import NO_MARKS, Marks, Sampling
 
 if TYPE_CHECKING:
     from llmctl.tokenizer import Tokenizer
@@ -27,7 +28,9 @@ class Completion:
     """Grows by `push`, one token at a time, until `finish_reason` is set.
 
     `text` is what a reader gets: it ends before a stop text or the end-of-text token. `ids` are all the tokens drawn.
-    `finish_reason` is "stop" (an end-of-text token or a stop text) or "length".
+    `finish_reason` is "stop" (an end-of-text token or a stop text) or "length". The new tokens follow `continued`: the
+    prompt, or what a decoder reads first whose encoder reads the prompt. A search gives the text's `score`, and of its
+    `n_best` texts the others as `runners_up`.
     """
 
     def __init__(
@@ -36,10 +39,12 @@ class Completion:
         sampling: Sampling,
         sequence: int,
         max_new_tokens: int,
-        eos_ids: frozenset[int] = frozenset(),
+        marks: Marks = NO_MARKS,
         tokenizer: Tokenizer | None = None,
+        continued: Sequence[int] | None = None,
     ):
         self.prompt_ids = list(prompt_ids)
+        self.continued = self.prompt_ids if continued is None else list(continued)
         self.sampling = sampling
         self.sequence = sequence
         self.max_new_tokens = max_new_tokens
@@ -47,10 +52,19 @@ class Completion:
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
         self.finish_reason: Literal["stop", "length"] | None = None
-        self._eos_ids = frozenset() if sampling.ignore_eos else eos_ids
-        self._decoder = tokenizer.stream_decoder(after=self.prompt_ids) if tokenizer else None
+        self.marks = dataclasses.replace(marks, ends=frozenset(), last=None) if sampling.ignore_eos else marks
+        self.n_best = 1
+        self.score: float | None = None
+        self.runners_up: list[Completion] = []
+        self._tokenizer = tokenizer
+        self._decoder = tokenizer.stream_decoder(after=self.continued) if tokenizer else None
         self.first_token_at: float | None = None
         self._taken = 0
+
+    def another(self) -> Completion:
+        """One of the same prompt and settings that has yet to begin."""
+        settings = (self.sampling, self.sequence, self.max_new_tokens, self.marks)
+        return Completion(self.prompt_ids, *settings, self._tokenizer, self.continued)
 
     @property
     def is_cut_by_context(self) -> bool:
@@ -63,7 +77,7 @@ class Completion:
         self.ids.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
-        if token in self._eos_ids:
+        if token in self.marks.ends:
             self._append(self._flush())
             self.finish_reason = "stop"
             return

@@ -55,6 +55,8 @@ class Answer:
             "completion_tokens": len(completion.ids),
             "seed": completion.sampling.seed,
         }
+        if completion.score is not None:
+            content["score"] = round(completion.score, 6)
         if completion.sampling.logprobs is not None:
             content["logprobs"] = [_logprob(entry, tokenizer) for entry in completion.logprobs]
         return json.dumps(content, ensure_ascii=False)

@@ -1,6 +1,6 @@
 """From logits to tokens, each row by its own settings: the plain definition that any faster kernel must agree with.
 
-Order: penalties, temperature, top-k, top-p on what top-k left, min-p, and the draw. Each filter is a threshold on the
+Order: rules, temperature, top-k, top-p on what top-k left, min-p, and the draw. Each filter is a threshold on the
 logit, so a tie with the last token kept is kept, whatever the order of the vocabulary. The draw is the exponential race
 (Gumbel-max): the token with the largest logit + noise wins. It needs no normalised probabilities and no sum, so it is one
 maximum over the vocabulary, exact in any order and any split of it.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from llmctl.generation import philox
+from llmctl.generation.rules import Rules
 from llmctl.generation.settings import Sampling
 
 
@@ -29,7 +30,7 @@ class Draw:
 
 
 class Sampler:
-    """Draws the next token of each row of a batch, and keeps what penalties and random numbers depend on.
+    """Draws the next token of each row of a batch under its rules.
 
     `sequences` (int, below 2^32) tells rows of the same seed apart. Everything that a step needs is on the device from
     the start: a step never waits for the host.
@@ -39,47 +40,28 @@ class Sampler:
         self,
         settings: Sequence[Sampling],
         sequences: Sequence[int],
-        prompts: Sequence[Sequence[int]],
-        vocab_size: int,
+        rules: Rules,
         device: torch.device | str = "cpu",
     ):
-        self.settings, self.position, self.device = list(settings), 0, torch.device(device)
+        self.settings, self.rules, self.device = list(settings), rules, torch.device(device)
         self._sequences_B = torch.tensor(sequences, dtype=torch.int64, device=device)
         signed = [row.seed - (1 << 64) if row.seed >> 63 else row.seed for row in settings]
         self._seeds_B = torch.tensor(signed, dtype=torch.int64, device=device)
-        shape = (len(self.settings), vocab_size)
-        self._seen_BV = self._counts_BV = None
-        if any(row.repetition_penalty != 1 for row in settings):
-            self._seen_BV = torch.zeros(shape, dtype=torch.bool, device=device)
-            for i, prompt in enumerate(prompts):
-                self._seen_BV[i, torch.tensor(prompt, device=device)] = True
-        if any(row.presence_penalty or row.frequency_penalty for row in settings):
-            self._counts_BV = torch.zeros(shape, dtype=torch.float32, device=device)
         self._read_settings()
 
     def draw(self, logits_BV: torch.Tensor) -> Draw:
         """The next token of each row from its logits (any float dtype)."""
         logits_BV = logits_BV.float()
-        scores_BV = self.penalized(logits_BV)
+        scores_BV = self.rules.apply(logits_BV)
         tokens_B = scores_BV.argmax(-1)
         if self._any_random:
             drawn_B = self._race(self.filtered(scores_BV))
             tokens_B = torch.where(self._is_greedy_B, tokens_B, drawn_B)
-        self._remember(tokens_B)
+        self.rules.remember(tokens_B)
         draw = self._with_logprobs(tokens_B, logits_BV)
         # argmax settles on a NaN where there is one
         draw.tokens_B = torch.where(scores_BV.gather(1, tokens_B[:, None]).squeeze(1).isnan(), -1, tokens_B)
         return draw
-
-    def penalized(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Repetition as in arXiv:1909.05858, over prompt and text; presence and frequency as OpenAI's, over the text alone."""
-        if self._seen_BV is not None:
-            penalized_BV = torch.where(logits_BV > 0, logits_BV / self._repetition_B1, logits_BV * self._repetition_B1)
-            logits_BV = torch.where(self._seen_BV, penalized_BV, logits_BV)
-        if self._counts_BV is not None:
-            logits_BV = logits_BV - self._frequency_B1 * self._counts_BV
-            logits_BV = logits_BV - self._presence_B1 * (self._counts_BV > 0)
-        return logits_BV
 
     def filtered(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Logits over temperature, and -inf for every token that top-k, top-p or min-p rules out."""
@@ -107,8 +89,7 @@ class Sampler:
         where = torch.tensor(rows, device=self.device)
         self.settings = [self.settings[row] for row in rows]
         self._sequences_B, self._seeds_B = self._sequences_B[where], self._seeds_B[where]
-        self._seen_BV = None if self._seen_BV is None else self._seen_BV[where]
-        self._counts_BV = None if self._counts_BV is None else self._counts_BV[where]
+        self.rules.select(rows)
         self._read_settings()
 
     def _read_settings(self) -> None:
@@ -116,9 +97,6 @@ class Sampler:
         self._is_greedy_B = torch.tensor([row.is_greedy for row in rows], device=self.device)
         self._any_random = not all(row.is_greedy for row in rows)
         self._temperature_B1 = self._column([1.0 if row.is_greedy else row.temperature for row in rows])
-        self._repetition_B1 = self._column([row.repetition_penalty for row in rows])
-        self._presence_B1 = self._column([row.presence_penalty for row in rows])
-        self._frequency_B1 = self._column([row.frequency_penalty for row in rows])
         self._top_k = [row.top_k for row in rows]
         self._top_p = [row.top_p for row in rows]
         self._top_k_B1 = torch.tensor(self._top_k, device=self.device).unsqueeze(1)
@@ -132,15 +110,8 @@ class Sampler:
         return torch.tensor(values, dtype=dtype, device=self.device).unsqueeze(1)
 
     def _race(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        noise_BV = philox.gumbel(self._seeds_B, self._sequences_B, self.position, logits_BV.shape[1])
+        noise_BV = philox.gumbel(self._seeds_B, self._sequences_B, self.rules.position, logits_BV.shape[1])
         return (logits_BV + noise_BV).argmax(-1)
-
-    def _remember(self, tokens_B: torch.Tensor) -> None:
-        self.position += 1
-        if self._seen_BV is not None:
-            self._seen_BV.scatter_(1, tokens_B[:, None], True)
-        if self._counts_BV is not None:
-            self._counts_BV.scatter_add_(1, tokens_B[:, None], torch.ones_like(tokens_B[:, None], dtype=torch.float32))
 
     def _with_logprobs(self, tokens_B: torch.Tensor, logits_BV: torch.Tensor) -> Draw:
         if self._n_top is None:

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from llmctl.devices import choose_device
+from llmctl.errors import CalledWrongly
 from llmctl.generation.complete import complete, encode_prompt, prepare
 from llmctl.generation.completion import Completion
 from llmctl.generation.decode import decode
 from llmctl.generation.records import Answer, Row
-from llmctl.generation.settings import Sampling, eos_ids, read_generation_config, resolve, sampling_from
+from llmctl.generation.settings import Marks, Sampling, read_generation_config, read_marks, resolve, sampling_from
 from llmctl.models.causal_lm import CausalLM
 from llmctl.models.loading import load_model
 from llmctl.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ class Session:
     model: CausalLM
     tokenizer: Tokenizer
     recommended: Sampling
-    eos_ids: frozenset[int]
+    marks: Marks
 
     @classmethod
     def open(cls, path: str | os.PathLike, dtype: str | None = None, device: str | None = None) -> Session:
@@ -33,8 +34,13 @@ class Session:
         generation_config = read_generation_config(path)
         tokenizer = Tokenizer.load(path)
         model = load_model(path, dtype, choose_device(device))
-        ends = eos_ids(generation_config, model.config.hf, tokenizer.eos_id)
-        return cls(model, tokenizer, sampling_from(generation_config), ends)
+        recommended = sampling_from(generation_config, has_source=model.config.encoder is not None)
+        return cls(model, tokenizer, recommended, read_marks(generation_config, model.config.hf, tokenizer.eos_id))
+
+    @property
+    def continues_prompts(self) -> bool:
+        """Whether a text follows its prompt, or is one of its own that answers it."""
+        return self.model.config.encoder is None
 
     def begin(self, prompt: str, *layers: Sampling, sequence: int = 0, name: str = "the prompt") -> Completion:
         """A completion of `prompt` by the settings of the first layer that has each, then by the checkpoint's."""
@@ -43,7 +49,7 @@ class Session:
             encode_prompt(self.tokenizer, prompt),
             resolve(*layers, self.recommended),
             sequence=sequence,
-            eos_ids=self.eos_ids,
+            marks=self.marks,
             tokenizer=self.tokenizer,
             name=name,
         )
@@ -60,7 +66,7 @@ class Session:
         """Complete every row `num_samples` times, in batches, and give the answers in the rows' order.
 
         A row's own settings come before `settings`. Samples of one seed differ by their number, and rows that share
-        the seed of `settings` by their place in the input.
+        the seed of `settings` by their place in the input; those of a search are the best that it found.
         """
         begun: collections.deque[tuple[int, int, Row]] = collections.deque()
 
@@ -68,8 +74,24 @@ class Session:
             for index, row in enumerate(rows):
                 first = 0 if row.sampling.seed is not None else index * num_samples
                 for sample in range(num_samples):
+                    completion = self.begin(row.prompt, row.sampling, settings, sequence=first + sample, name=row.name)
                     begun.append((index, sample, row))
-                    yield self.begin(row.prompt, row.sampling, settings, sequence=first + sample, name=row.name)
+                    if completion.sampling.searches:
+                        completion.n_best = _affordable(num_samples, completion.sampling.num_beams, row.name)
+                    yield completion
+                    if completion.sampling.searches:
+                        break
 
         for completion in complete(self.model, begin_all(), batch_size):
-            yield Answer(*begun.popleft(), completion)
+            index, first, row = begun.popleft()
+            for sample, one in enumerate([completion, *completion.runners_up], start=first):
+                yield Answer(index, sample, row, one)
+
+
+def _affordable(num_samples: int, num_beams: int, name: str) -> int:
+    if num_samples > num_beams:
+        raise CalledWrongly(
+            f"{name}: num-samples {num_samples} is more than num-beams {num_beams}; a search ends with one text per beam",
+            hint="raise --num-beams",
+        )
+    return num_samples

@@ -45,6 +45,10 @@ def _check_type(item: dataclasses.Field, value: Any) -> None:
         raise CalledWrongly(f"{_flag(item)} is {value!r}; expected {names[expected]}")
 
 
+_DRAWING = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+"""Settings of a random draw, and at which value each has no part in a search."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """The settings of one sequence. None means that this layer says nothing; `resolve` fills it from the next one."""
@@ -56,6 +60,9 @@ class Sampling:
         "Stop where this text would appear, and leave it out; repeatable.", False, metavar="TEXT", group="Length"
     )
     ignore_eos: bool | None = _setting("Go on past the end-of-text token.", False, group="Length")
+    min_new_tokens: int | None = _setting(
+        "No end-of-text token before this many others.", "0", type="count", at_least=0, group="Length"
+    )
     temperature: float | None = _setting(
         "Divide logits by this; 0 always takes the likeliest token.", "0.8", flags=["--temp"], at_least=0
     )
@@ -71,6 +78,27 @@ class Sampling:
     )
     presence_penalty: float | None = _setting("Subtract from logits of tokens generated before.", "0")
     frequency_penalty: float | None = _setting("Subtract for each time that a token was generated.", "0")
+    no_repeat_ngram_size: int | None = _setting(
+        "No run of N tokens occurs twice in prompt and text; 0 is no limit.", "0", metavar="N", at_least=0
+    )
+    num_beams: int | None = _setting(
+        "Search for the likeliest text with N candidates at a time, in place of drawing one.",
+        "1",
+        type="count",
+        metavar="N",
+        at_least=1,
+        group="Beam search",
+    )
+    length_penalty: float | None = _setting(
+        "A text's score is its log-probability over its length to this power: more favours longer texts.",
+        "1",
+        group="Beam search",
+    )
+    early_stopping: bool | None = _setting(
+        "Stop at as many complete texts as there are beams, without looking for better ones.",
+        False,
+        group="Beam search",
+    )
     seed: int | None = _setting(
         "The same seed gives the same text, in float32 at any batch size.",
         "a random one",
@@ -93,6 +121,17 @@ class Sampling:
             for name, (holds, words) in LIMITS.items():
                 if name in item.metadata and not holds(value, item.metadata[name]):
                     raise CalledWrongly(f"{_flag(item)} is {value}; expected {words} {item.metadata[name]}")
+        drawing = [name for name, neutral in _DRAWING.items() if getattr(self, name) not in (None, neutral)]
+        if self.searches and drawing:
+            raise CalledWrongly(
+                f"num-beams {self.num_beams} is a search, which draws nothing: {drawing[0].replace('_', '-')} has no part",
+                hint="leave one of them out",
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether it looks for the likeliest text rather than choosing token by token."""
+        return self.num_beams is not None and self.num_beams > 1
 
     @property
     def is_greedy(self) -> bool:
@@ -110,16 +149,26 @@ DEFAULTS = Sampling(
     repetition_penalty=1.0,
     presence_penalty=0.0,
     frequency_penalty=0.0,
+    no_repeat_ngram_size=0,
+    min_new_tokens=0,
+    num_beams=1,
+    length_penalty=1.0,
+    early_stopping=False,
     seed=0,
 )
 
 
 def resolve(*layers: Sampling) -> Sampling:
-    """Every setting from the first layer that has it, and from `DEFAULTS` in the end."""
+    """Every setting from the first layer that has it, and from `DEFAULTS` in the end.
+
+    Between a search with beams and a draw with a temperature the first layer decides that asks for either.
+    """
     values = {}
     for item in dataclasses.fields(Sampling):
         said = (getattr(layer, item.name) for layer in (*layers, DEFAULTS))
         values[item.name] = next((value for value in said if value is not None), None)
+    asking = next(layer for layer in (*layers, DEFAULTS) if layer.num_beams is not None or layer.temperature)
+    values |= _DRAWING if asking.searches else {"num_beams": 1}
     return Sampling(**values)
 
 
@@ -136,15 +185,25 @@ def read_generation_config(directory: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def sampling_from(generation_config: dict[str, Any]) -> Sampling:
+def sampling_from(generation_config: dict[str, Any], has_source: bool = False) -> Sampling:
     """What a checkpoint recommends. Keys that are no setting here are other programs' business.
 
-    Raises `UserError` for a value that cannot be.
+    Models that turn a source into another text (`has_source`) draw only where the file says so, and the file's limits
+    count the token that such a text begins with. Raises `UserError` for a value that cannot be.
     """
     known = {item.name for item in dataclasses.fields(Sampling)} - {"stop", "seed", "logprobs"}
     values = {name: value for name, value in generation_config.items() if name in known}
-    if generation_config.get("do_sample") is False:
-        values["temperature"] = 0.0
+    if values.get("early_stopping") == "never":
+        del values["early_stopping"]
+    searches = (values.get("num_beams") or 1) > 1
+    draws = generation_config.get("do_sample")
+    if draws is False or draws is None and (has_source or searches):
+        values |= _DRAWING if searches else {"temperature": 0.0}
+    elif searches:
+        del values["num_beams"]
+    for name, limit in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        if has_source and values.get(name) is None and generation_config.get(limit):
+            values[name] = generation_config[limit] - 1
     try:
         return Sampling(**values)
     except CalledWrongly as error:
@@ -159,6 +218,35 @@ def eos_ids(generation_config: dict[str, Any], config: dict[str, Any], tokenizer
     return frozenset()
 
 
+@dataclass(frozen=True)
+class Marks:
+    """The tokens at the edges of the texts that a checkpoint writes.
+
+    Each of `ends` ends one; `start` is what a decoder with a source reads first; `first` is always the first new token of
+    such a text, and `last` the last where the length ends it.
+    """
+
+    ends: frozenset[int] = frozenset()
+    start: int | None = None
+    first: int | None = None
+    last: int | None = None
+
+
+NO_MARKS = Marks()
+
+
+def read_marks(generation_config: dict[str, Any], config: dict[str, Any], tokenizer_eos_id: int | None) -> Marks:
+    """From generation_config.json, or else config.json."""
+    said = {**config, **{name: value for name, value in generation_config.items() if value is not None}}
+    start = said.get("decoder_start_token_id")
+    return Marks(
+        ends=eos_ids(generation_config, config, tokenizer_eos_id),
+        start=said.get("bos_token_id") if start is None else start,
+        first=said.get("forced_bos_token_id"),
+        last=said.get("forced_eos_token_id"),
+    )
+
+
 def _flag_of(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -167,10 +255,14 @@ def _flag_of(default: Any, help: str, **metadata: Any) -> Any:
 class Run:
     """How `llmctl generate` runs as a whole, whatever the prompts."""
 
-    num_samples: int = _flag_of(1, "Complete each prompt N times.", type="count", at_least=1, metavar="N")
+    num_samples: int = _flag_of(
+        1, "Complete each prompt N times; with beams, give the N best.", type="count", at_least=1, metavar="N"
+    )
     jsonl: bool = _flag_of(False, "Read and write JSON Lines, many prompts at once.", show_default=False)
     batch_size: int = _flag_of(32, "Sequences that run together.", type="count", at_least=1)
-    echo: bool = _flag_of(True, "Print the prompt before its continuation.")
+    echo: bool | None = _flag_of(
+        None, "Print the prompt before the text.", show_default="where the model continues its prompt"
+    )
     stats: bool = _flag_of(
         False, "Report seed, time to the first token and tokens/s on standard error.", show_default=False
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from llmctl.models.cache import Cache
@@ -44,8 +46,8 @@ class CausalLM(LanguageModel):
         `attention_mask_BT` is 1 at real tokens and 0 at padding at the ends. `documents_BT` (int, non-decreasing along T)
         numbers the documents packed into a row: tokens attend within their own only and positions restart with each. With a
         `cache` the T tokens continue what it holds. `types_BT` are the segment numbers of models that have such, `memory` an
-        encoder's output for those that attend to one.
-        `recorded_weights`, a list, gets every layer's attention weights [B, H, T, S].
+        encoder's output for those that attend to one. `recorded_weights`, a list, gets every layer's attention weights
+        [B, H, T, S].
         """
         starts_B, ends_B = padding_of(attention_mask_BT)
         n_new = input_ids_BT.shape[1]
@@ -62,3 +64,24 @@ class CausalLM(LanguageModel):
         )
         context.recorded_weights = recorded_weights
         return self.run(self.embed(input_ids_BT), context, types_BT)[:, -n_new:]
+
+    def continued(self, prompt_ids: Sequence[int], start_id: int | None) -> Sequence[int]:
+        """What the new tokens follow when a text is made of a prompt: here the prompt itself."""
+        return prompt_ids
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], continued: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> tuple[Cache, torch.Tensor]:
+        """Begin texts of these prompts: a cache with room for `max_new_tokens` more each, and the first inputs [B, T].
+
+        `continued` is what `continued()` gave for each; shorter ones are padded on the left.
+        """
+        weight = self.head_weight
+        length = max(map(len, continued))
+        padding = [length - len(ids) for ids in continued]
+        inputs_BT = torch.tensor([[0] * n + list(ids) for n, ids in zip(padding, continued, strict=True)])
+        starts_B = torch.tensor(padding, device=weight.device) if any(padding) else None
+        # The last token is never read back, so it needs no place.
+        capacity = length + max_new_tokens - 1
+        cache = Cache(self.config, len(continued), capacity, weight.dtype, weight.device, starts_B)
+        return cache, inputs_BT.to(weight.device)

@@ -35,6 +35,20 @@ def read_config(path: str | Path) -> ModelConfig:
         raise UserError(f"{file}: the key {error} is missing or has a value that llmctl does not know") from error
 
 
+def stored_config(path: str | Path) -> ModelConfig:
+    """`read_config` of a checkpoint, and whether the head is the embedding: of that the weights know better.
+
+    transformers 5 calls the head of every T5 tied, and stores beside the embedding those that are not.
+    """
+    config, stored = read_config(path), checkpoint.open_tensors(path)
+    names = dict.fromkeys(("embed_tokens.weight", "lm_head.weight"), torch.Size([config.vocab_size, config.d_model]))
+    found = weights.sources(families.find(config.family), names, stored.keys())
+    if config.tie_embeddings and len(found) == 2:
+        embedding, head = (stored.get(found[name].theirs) for name in names)
+        return dataclasses.replace(config, tie_embeddings=torch.equal(embedding, head))
+    return config
+
+
 def new_empty(config: ModelConfig) -> LanguageModel:
     """A model without weights, of the class that its config's kind asks for; build it under the meta device."""
     return {"causal": CausalLM, "masked": MaskedLM, "seq2seq": Seq2SeqLM}[config.kind](config)
@@ -48,9 +62,8 @@ def load_model(
     `dtype` None keeps what the file has. A file without any tensor of a head gives a base model (its config's head is
     None). Raises UserError where the weights and config.json disagree.
     """
-    path = Path(path)
-    config = read_config(path)
     stored = checkpoint.open_tensors(path)
+    config = stored_config(path)
     family = families.find(config.family)
     with torch.device("meta"):
         model = new_empty(config)

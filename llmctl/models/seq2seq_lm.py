@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from llmctl.errors import UserError
 from llmctl.models.cache import Cache
 from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import ModelConfig
@@ -66,7 +67,13 @@ class Seq2SeqLM(CausalLM):
         hidden_BSD = self.encoder.run(self.embed(source_ids_BS), context)
         return Memory(hidden_BSD, starts_B, ends_B, documents_BS, keep)
 
-    def start(self, prompt_ids: Sequence[int], start_id: int | None) -> list[int]:
+    def continued(self, prompt_ids: Sequence[int], start_id: int | None) -> list[int]:
+        """The encoder reads the prompt; the decoder begins with `start_id`."""
+        if start_id is None:
+            raise UserError(
+                "the checkpoint does not say with which token its decoder begins",
+                hint='give "decoder_start_token_id" in its generation_config.json',
+            )
         return [start_id]
 
     def begin(
