@@ -54,7 +54,11 @@ enum {
     LLMCTL_SPLIT_GPT2 = 1,    /* 's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+ */
     LLMCTL_SPLIT_CL100K = 2,  /* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}
                                  | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+ */
-    LLMCTL_SPLIT_QWEN2 = 3    /* the same with \p{N} for \p{N}{1,3} */
+    LLMCTL_SPLIT_QWEN2 = 3,   /* the same with \p{N} for \p{N}{1,3} */
+    LLMCTL_SPLIT_O200K = 4,   /* [^\r\n\p{L}\p{N}]?U*W+C?|[^\r\n\p{L}\p{N}]?U+W*C?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*
+                                 |\s*[\r\n]+|\s+(?!\S)|\s+, where U is [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}],
+                                 W [\p{Ll}\p{Lm}\p{Lo}\p{M}] and C (?i:'s|'t|'re|'ve|'m|'ll|'d) */
+    LLMCTL_SPLIT_DIGITS = 5   /* each \p{N} alone, and what stands between them as GPT2 */
 };
 
 /* Makes an encoder. byte_ids [256]: the token of each byte. merges [n_merges, 3]: left id, right id, merged id, in

@@ -40,7 +40,7 @@ FRAGMENTS = [
         "か\u3099",
     ],
     *["!", "...", "=", "_", "\x00", "\u0301", "\u200d", "\u212b", "\U0002fa1d", "<|endoftext|>"],
-    *["<call>", "<call>x", "<|end", "d|>", "ab", "|"],
+    *["<call>", "<call>x", "<|end", "d|>", "ab", "|", "/", "HTTPServer", "ʰ", "ǅ", "\U000e0101"],
 ]
 TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.characters(exclude_categories=["Cs"]), max_size=40).map("".join)
 ADDED = [("<call>", False), ("<|end of|>", True), ("<call>x", False), ("ab", False), ("  ", False), ("|e", True)]
@@ -65,6 +65,7 @@ def variants() -> dict[str, dict]:
     base = json.loads(training.byte_level_bpe([" ".join(FRAGMENTS) * 3 + __doc__ + " the then that hello" * 9], 400))
     gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     nfc = {"type": "NFC"}
+    digits = {"type": "Digits", "individual_digits": True}
     cl100k, qwen2 = byte_level.CL100K_PATTERN, training.SPLIT_PATTERN
     changes = {
         "gpt2": {"pre_tokenizer": gpt2},
@@ -72,6 +73,9 @@ def variants() -> dict[str, dict]:
         "cl100k": {"pre_tokenizer": split(cl100k, "Removed", invert=True)},
         "llama3": {"pre_tokenizer": split(cl100k), "model": {**base["model"], "ignore_merges": True, "merges": []}},
         "qwen2": {"pre_tokenizer": split(qwen2), "normalizer": nfc},
+        "o200k": {"pre_tokenizer": split(byte_level.O200K_PATTERN)},
+        "digits apart": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, gpt2]}},
+        "space first": {"pre_tokenizer": {**gpt2, "add_prefix_space": True}},
         "added": {"pre_tokenizer": gpt2, "added_tokens": added_tokens(400, normalized=False)},
         "added, normalized": {"pre_tokenizer": gpt2, "added_tokens": added_tokens(400, normalized=True)},
         "added, nfc": {
@@ -79,6 +83,7 @@ def variants() -> dict[str, dict]:
             "normalizer": nfc,
             "added_tokens": added_tokens(400, normalized=False),
         },
+        "gpt-neox": {"pre_tokenizer": gpt2, "normalizer": nfc, "added_tokens": added_tokens(400, normalized=True)},
     }
     return {name: {**copy.deepcopy(base), **change} for name, change in changes.items()}
 
@@ -113,13 +118,22 @@ def test_any_text(pair, texts, threads):
     assert_same(*pair, texts, threads)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+BETWEEN = ["a{}b", "'{} ", "1{}!\n"]
+
+
 @pytest.mark.parametrize(
-    ("context", "stop"), [("{}", 0x110000), ("a{}b", 0x34000), ("'{} ", 0x34000), ("1{}!\n", 0x34000)]
+    ("name", "context"),
+    [
+        *(("gpt2", context) for context in ["{}", *BETWEEN]),
+        *(("qwen2", context) for context in ["{}", *BETWEEN]),
+        *(("o200k", context) for context in ["{}", "A{}B {}'s"]),
+        ("digits apart", "A{}B {}{}"),
+    ],
 )
-def test_every_code_point(name, context, stop):
+def test_every_code_point(name, context):
     """Alone all of Unicode, between others as much of it as has letters."""
-    points = [context.format(chr(point)) for point in range(stop) if not 0xD800 <= point < 0xE000]
+    stop = 0x110000 if context == "{}" else 0x34000
+    points = [context.replace("{}", chr(point)) for point in range(stop) if not 0xD800 <= point < 0xE000]
     texts = ["".join(points[i : i + 64]) for i in range(0, len(points), 64)]
     assert_same(*encoders(VARIANTS[name]), texts)
 
@@ -147,7 +161,10 @@ def test_a_huge_word_takes_no_quadratic_time(character):
     "change",
     [
         {"normalizer": {"type": "Lowercase"}},
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+            "added_tokens": added_tokens(400, normalized=False),
+        },
         {"pre_tokenizer": {"type": "Whitespace"}},
         {"pre_tokenizer": split(r"\p{L}+")},
         {"pre_tokenizer": split(training.SPLIT_PATTERN, "MergedWithPrevious")},

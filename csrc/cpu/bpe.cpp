@@ -36,7 +36,7 @@ AddedTokens::Match AddedTokens::find(const uint8_t* p, const uint8_t* end) const
 
 BpeModel::BpeModel(int32_t split_, const uint32_t* byte_ids_, const uint32_t* merges_, int64_t n_merges)
     : split(split_), merges(merges_, n_merges) {
-    if (split < LLMCTL_SPLIT_NONE || split > LLMCTL_SPLIT_QWEN2) {
+    if (split < LLMCTL_SPLIT_NONE || split > LLMCTL_SPLIT_DIGITS) {
         throw std::invalid_argument("unknown way to split text: " + std::to_string(split));
     }
     std::copy(byte_ids_, byte_ids_ + 256, byte_ids.begin());
@@ -58,12 +58,14 @@ uint32_t* BpeWorker::encode_plain(const uint8_t* p, const uint8_t* end, uint32_t
         case LLMCTL_SPLIT_GPT2: return encode_words(Gpt2Words(), p, end, ids);
         case LLMCTL_SPLIT_CL100K: return encode_words(Cl100kWords<3>(), p, end, ids);
         case LLMCTL_SPLIT_QWEN2: return encode_words(Cl100kWords<1>(), p, end, ids);
+        case LLMCTL_SPLIT_O200K: return encode_words(O200kWords(), p, end, ids);
+        case LLMCTL_SPLIT_DIGITS: return encode_words(Gpt2WordsDigitsApart(), p, end, ids);
         default: return encode_words(WholeText(), p, end, ids);
     }
 }
 
 template <class Words>
-uint32_t* BpeWorker::encode_words(const Words& words, const uint8_t* p, const uint8_t* end, uint32_t* ids) {
+uint32_t* BpeWorker::encode_words(Words words, const uint8_t* p, const uint8_t* end, uint32_t* ids) {
     while (p < end) {
         const uint8_t* next = words.next(p, end);
         ids = encode_word(p, next - p, ids);

@@ -58,7 +58,7 @@ public:
 private:
     uint32_t* encode_plain(const uint8_t* p, const uint8_t* end, uint32_t* ids);
     template <class Words>
-    uint32_t* encode_words(const Words& words, const uint8_t* p, const uint8_t* end, uint32_t* ids);
+    uint32_t* encode_words(Words words, const uint8_t* p, const uint8_t* end, uint32_t* ids);
     uint32_t* encode_word(const uint8_t* word, int64_t size, uint32_t* ids);
     uint32_t* encode_new_word(const uint8_t* word, int64_t size, uint32_t* ids);
 

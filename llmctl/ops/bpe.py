@@ -13,7 +13,7 @@ import numpy as np
 from llmctl.ops import native
 
 # LLMCTL_SPLIT_* of csrc/llmctl.h.
-SPLIT_NONE, SPLIT_GPT2, SPLIT_CL100K, SPLIT_QWEN2 = range(4)
+SPLIT_NONE, SPLIT_GPT2, SPLIT_CL100K, SPLIT_QWEN2, SPLIT_O200K, SPLIT_DIGITS = range(6)
 # The id of an added token that is found but stays text.
 STAYS_TEXT = 2**32 - 1
 

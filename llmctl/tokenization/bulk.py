@@ -42,27 +42,30 @@ class LibraryEncoder:
 class NativeEncoder:
     """A byte-level BPE that csrc knows, on native threads."""
 
-    def __init__(self, encoder: bpe.BpeEncoder, front: list[int], back: list[int]):
+    def __init__(self, encoder: bpe.BpeEncoder, front: list[int], back: list[int], adds_space: bool = False):
         self._encoder = encoder
+        self._adds_space = adds_space
         self._front = np.array(front, np.uint32)
         self._back = np.array(back, np.uint32)
 
     def encode(self, texts: list[bytes], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
         """ids uint32 [n_tokens], offsets int64 [n_documents + 1]; by default on every core of this process."""
+        if self._adds_space:
+            texts = [b" " + text if text and text[:1] != b" " else text for text in texts]
         return self._encoder.encode(texts, self._front, self._back, threads or available_cores())
 
 
 class NormalizingEncoder:
     """A native encoder of a tokenizer that brings text to NFC first.
 
-    Added tokens are found in the text as it was written. Where there are any, a document that NFC changes goes to the
-    library, so that what stands beside such a token is never joined with it.
+    Where added tokens are found in the text as it was written, a document that NFC changes goes to the library, so that
+    what stands beside such a token is never joined with it.
     """
 
-    def __init__(self, native_encoder: NativeEncoder, library_encoder: LibraryEncoder, has_added_tokens: bool):
+    def __init__(self, native_encoder: NativeEncoder, library_encoder: LibraryEncoder, finds_tokens_first: bool):
         self._native = native_encoder
         self._library = library_encoder
-        self._has_added_tokens = has_added_tokens
+        self._finds_tokens_first = finds_tokens_first
         self._normalize = NFC().normalize_str
 
     def encode(self, texts: list[bytes], threads: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +73,7 @@ class NormalizingEncoder:
         normal = [text if text.isascii() else self._normalize(text.decode()).encode() for text in texts]
         ids, offsets = self._native.encode(normal, threads)
         changed = [row for row, text in enumerate(texts) if normal[row] != text]
-        if not (changed and self._has_added_tokens):
+        if not (changed and self._finds_tokens_first):
             return ids, offsets
         return _with_rows(ids, offsets, changed, *self._library.encode([texts[row] for row in changed], threads))
 
@@ -98,10 +101,10 @@ def encoder_for(
     model = byte_level.native_model(spec) if library else None
     if model is None:
         return LibraryEncoder(tokenizer, front, back)
-    encoder = NativeEncoder(bpe.BpeEncoder(library, model), front, back)
+    encoder = NativeEncoder(bpe.BpeEncoder(library, model), front, back, byte_level.adds_space(spec))
     if not byte_level.normalizes(spec):
         return encoder
-    return NormalizingEncoder(encoder, LibraryEncoder(tokenizer, front, back), bool(model.tokens))
+    return NormalizingEncoder(encoder, LibraryEncoder(tokenizer, front, back), byte_level.finds_tokens_first(spec))
 
 
 def available_cores() -> int:

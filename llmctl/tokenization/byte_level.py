@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unicodedata import is_normalized
+
 from llmctl.ops import bpe
 from llmctl.tokenization import decoding, training
 
@@ -13,7 +15,12 @@ O200K_PATTERN = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Split patterns as tokenizer.json files spell them.
-SPLITS = {training.SPLIT_PATTERN: bpe.SPLIT_QWEN2, CL100K_PATTERN: bpe.SPLIT_CL100K}
+SPLITS = {
+    training.SPLIT_PATTERN: bpe.SPLIT_QWEN2,
+    CL100K_PATTERN: bpe.SPLIT_CL100K,
+    O200K_PATTERN: bpe.SPLIT_O200K,
+}
+_DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def native_model(spec: dict) -> bpe.BpeModel | None:
@@ -46,6 +53,16 @@ def normalizes(spec: dict) -> bool:
     return spec["normalizer"] is not None
 
 
+def finds_tokens_first(spec: dict) -> bool:
+    """Whether added tokens are looked for in the text as it was written, and normalization cannot join what they part."""
+    return any(not token["normalized"] for token in spec["added_tokens"] if not token["special"])
+
+
+def adds_space(spec: dict) -> bool:
+    """Whether a text that begins with something else gets a space in front of it."""
+    return spec["pre_tokenizer"].get("add_prefix_space", False)
+
+
 def _normalizer_known(spec: dict) -> bool:
     return (spec["normalizer"] or {"type": "NFC"}) == {"type": "NFC"}
 
@@ -53,10 +70,12 @@ def _normalizer_known(spec: dict) -> bool:
 def _split(pre_tokenizer: dict | None) -> int | None:
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     *first, byte_level = steps
-    if not byte_level or byte_level["type"] != "ByteLevel" or byte_level["add_prefix_space"]:
+    if not byte_level or byte_level["type"] != "ByteLevel" or (first and byte_level["add_prefix_space"]):
         return None
     if not first:
         return bpe.SPLIT_GPT2 if byte_level["use_regex"] else bpe.SPLIT_NONE
+    if first == [_DIGITS] and byte_level["use_regex"]:
+        return bpe.SPLIT_DIGITS
     known = len(first) == 1 and first[0]["type"] == "Split" and not byte_level["use_regex"]
     # Keeping what matches and removing what does not is the same where the pattern matches everything.
     if not known or (first[0]["behavior"], first[0]["invert"]) not in (("Isolated", False), ("Removed", True)):
@@ -67,7 +86,7 @@ def _split(pre_tokenizer: dict | None) -> int | None:
 def _added_tokens(spec: dict) -> dict[bytes, int] | None:
     """Tokens to find in a text; special ones are found, since that hides what they overlap, and stay text.
 
-    None where the library would look for them in two passes, or look at their neighbourhood.
+    None where the library would look for them in two passes, at their neighbourhood, or put a space behind each.
     """
     groups = {}
     for token in spec["added_tokens"]:
@@ -78,6 +97,6 @@ def _added_tokens(spec: dict) -> dict[bytes, int] | None:
     plain = [token for token in live[0] if not token["special"]]
     if len(live) > 1 or any(token[flag] for token in plain for flag in ("single_word", "lstrip", "rstrip")):
         return None
-    if plain[0]["normalized"] and normalizes(spec):
+    if adds_space(spec) or (normalizes(spec) and any(not is_normalized("NFC", token["content"]) for token in live[0])):
         return None
     return {token["content"].encode(): bpe.STAYS_TEXT if token["special"] else token["id"] for token in live[0]}
