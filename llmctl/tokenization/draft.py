@@ -32,18 +32,10 @@ class Draft:
 
 
 # What a tokenizer.json says by itself, or what names files and code that a converted tokenizer no longer has.
-_STALE = (
-    *(
-        "added_tokens",
-        "added_tokens_decoder",
-        "auto_map",
-        "extra_ids",
-        "legacy",
-        "merges_file",
-        "sp_model_kwargs",
-        "tokenizer_file",
-    ),
-    *("spaces_between_special_tokens", "vocab_file", "special_tokens_map_file", "name_or_path", "from_slow"),
+_STALE = frozenset(
+    ["add_bos_token", "add_eos_token", "added_tokens", "added_tokens_decoder", "extra_ids", "legacy"]
+    + ["auto_map", "from_slow", "merges_file", "name_or_path", "sp_model_kwargs", "spaces_between_special_tokens"]
+    + ["special_tokens_map_file", "tokenizer_file", "vocab_file"]
 )
 
 
@@ -75,7 +67,6 @@ def finished(draft: Draft, config: dict) -> tuple[str, dict]:
         "model": draft.model,
     }
     config = {key: value for key, value in config.items() if key not in _STALE} | _roles_with_flags(tokens, config)
-    config = {key: value for key, value in config.items() if not key.startswith(("add_bos_", "add_eos_"))}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.setdefault("clean_up_tokenization_spaces", False)
     types = ["token_type_ids"] if draft.pair_type else []
