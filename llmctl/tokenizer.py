@@ -73,9 +73,10 @@ class Tokenizer:
         return cls(tokenizer_json, config)
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int, for_encoder: bool = False) -> Tokenizer:
         """Learn a byte-level BPE; the vocabulary is smaller than asked where the texts hold no more repeated pairs."""
-        return cls(training.byte_level_bpe(texts, vocab_size), training.CONFIG)
+        config = training.ENCODER_CONFIG if for_encoder else training.CONFIG
+        return cls(training.byte_level_bpe(texts, vocab_size, for_encoder), config)
 
     @classmethod
     def bytes(cls) -> Tokenizer:

@@ -19,6 +19,7 @@ from llmctl.quantities import format_count, format_size
     cat corpus.txt | llmctl tokenize | llmctl pretrain -o runs/base
     llmctl tokenize books/*.txt --val-fraction 0.1 -o books.arrow
     llmctl tokenize crawl-*.jsonl.zst --tokenizer runs/base --shard-tokens 200M -o tokens/
+    llmctl tokenize corpus.txt --special-tokens encoder | llmctl pretrain --family roberta -o runs/encoder
     zcat notes.gz | llmctl tokenize --split blank-line --tokenizer bytes > notes.arrow
     """
 )
@@ -59,7 +60,7 @@ def _check(files, output, settings):
         raise CalledWrongly(
             "a token stream is nothing for a terminal", hint="write it to a file with -o corpus.arrow, or pipe it on"
         )
-    for name in ("vocab_size", "train_sample"):
+    for name in ("vocab_size", "train_sample", "special_tokens"):
         if settings.tokenizer and options.given(name):
             raise CalledWrongly(f"--{name.replace('_', '-')} is for training a tokenizer, but --tokenizer names one")
 

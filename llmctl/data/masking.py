@@ -17,6 +17,7 @@ from llmctl.data.packing import IGNORE, Batch, permuted
 from llmctl.errors import CalledWrongly, UserError
 
 _TRAIN, _VAL = 0, 1
+_ENCODER_TOKENIZER = "tokenize with an encoder's tokenizer, or train one: llmctl tokenize --special-tokens encoder"
 
 
 class Masking:
@@ -24,10 +25,7 @@ class Masking:
 
     def __init__(self, tokenizer, settings: MaskingSettings):
         if tokenizer.mask_id is None:
-            raise UserError(
-                "the tokenizer has no mask token, so nothing can be masked",
-                hint="tokenize with an encoder's tokenizer, or train one: llmctl tokenize --special-tokens encoder",
-            )
+            raise UserError("the tokenizer has no mask token, so nothing can be masked", hint=_ENCODER_TOKENIZER)
         if settings.mask_token_share + settings.random_token_share > 1:
             raise CalledWrongly(
                 f"--mask-token-share {settings.mask_token_share:g} and --random-token-share "
@@ -89,13 +87,15 @@ class MaskedRows:
         view: TokenView,
         seq_len: int,
         tokenizer,
-        masking: Masking,
         *,
+        masking: Masking,
         seed: int = 0,
         isolate_documents: bool = True,
     ):
         self.view, self.seq_len, self.masking, self.seed, self.isolate = view, seq_len, masking, seed, isolate_documents
-        self.pad_id = tokenizer.pad_id or 0
+        if tokenizer.pad_id is None:
+            raise UserError("the tokenizer has no padding token, which fills rows up", hint=_ENCODER_TOKENIZER)
+        self.pad_id = tokenizer.pad_id
         self._bounds = row_bounds(view.starts, view.n_tokens, seq_len)
         self.rows_per_epoch = len(self._bounds) - 1
 

@@ -49,6 +49,8 @@ class PackedRows:
     row number n is the same in every process, on every world size and after every resume.
     """
 
+    unit = "token"
+
     def __init__(self, view: TokenView, seq_len: int, tokenizer, *, seed: int = 0, isolate_documents: bool = True):
         if view.n_tokens < seq_len + 1:
             shorter = f", or --seq-len {view.n_tokens - 1} at most" if view.n_tokens > 2 else ""

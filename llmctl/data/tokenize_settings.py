@@ -29,6 +29,14 @@ class TokenizeSettings:
         default=64_000_000,
         metadata={"type": "size", "at_least": 1, "help": "How much text, from the start, a tokenizer is trained on."},
     )
+    special_tokens: str = dataclasses.field(
+        default="text",
+        metadata={
+            "type": ("text", "encoder"),
+            "help": "Those of a trained tokenizer. text: <|endoftext|> behind each text. encoder: <s> and </s> around it, "
+            "and <pad> and <mask>, as masked-language modelling needs them.",
+        },
+    )
     save_tokenizer: str | None = dataclasses.field(
         default=None,
         metadata={"type": "path", "metavar": "DIR", "help": "Write the tokenizer to this new directory too."},

@@ -17,6 +17,9 @@ def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu"
     Matrices are normal with variance 0.5 / fan-in, so that a layer keeps the size of its input at any width; the last matrix
     of each branch starts at zero, so that a block begins as the identity (arXiv:1901.09321); embeddings are normal with the
     config's `initializer_range`, norms one, biases zero. A module with parameters of another kind has an `initialize`.
+
+    Where masked tokens are embedded as zero, the branches do not start at zero too: a norm of nothing has a gradient of
+    1 / sqrt(eps).
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
@@ -25,7 +28,7 @@ def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu"
     reset_buffers(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _initialize(name, parameter, config.initializer_range, generator)
+            _initialize(name, parameter, config, generator)
         for module in model.modules():
             if isinstance(module, OffsetRMSNorm):
                 module.reset_parameters()
@@ -34,11 +37,15 @@ def new_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu"
     return model.to(device)
 
 
-def _initialize(name: str, parameter: nn.Parameter, embedding_range: float, generator: torch.Generator) -> None:
+def _initialize(name: str, parameter: nn.Parameter, config: ModelConfig, generator: torch.Generator) -> None:
+    is_last = name.endswith(_LAST_OF_BRANCH) and config.token_dropout is None
     if parameter.dim() == 1:
         parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    elif name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "lm_head.weight")):
+    elif is_last or name == "lm_head.weight":
         parameter.zero_()
     else:
-        scale = embedding_range if name.startswith("embed") else (0.5 / parameter.shape[1]) ** 0.5
+        scale = config.initializer_range if name.startswith("embed") else (0.5 / parameter.shape[1]) ** 0.5
         parameter.normal_(0.0, scale, generator=generator)
+
+
+_LAST_OF_BRANCH = ("o_proj.weight", "out_proj.weight", "down_proj.weight")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from llmctl.models import families
 from llmctl.models.config import ModelConfig, parameter_count
@@ -34,14 +35,21 @@ def preset(name: str, vocab_size: int, max_positions: int) -> ModelConfig:
     return _config({**PRESETS[name], **context, "vocab_size": vocab_size})
 
 
-def for_parameters(family: str, n_parameters: int, vocab_size: int, max_positions: int) -> ModelConfig:
-    """The shape whose parameter count, embeddings included, comes nearest to `n_parameters`."""
+def for_parameters(
+    family: str, n_parameters: int, vocab_size: int, max_positions: int, token_ids: Mapping[str, int] | None = None
+) -> ModelConfig:
+    """The shape whose parameter count, embeddings included, comes nearest to `n_parameters`.
+
+    `token_ids` are keys of a config.json that name special tokens: some families are built with them.
+    """
     widths = [*range(32, 512, 32), *range(512, 2048, 64), *range(2048, 8193, 128)]
 
     def nearest(depths: Iterable[int]) -> ModelConfig:
         shapes = (_hf_shape(family, width, more, max_positions) for width in widths for more in depths)
-        candidates = (_config({**shape, "vocab_size": vocab_size}) for shape in shapes)
-        return min(candidates, key=lambda config: abs(parameter_count(config) - n_parameters))
+        candidates = (_config({**shape, "vocab_size": vocab_size, **(token_ids or {})}) for shape in shapes)
+        best = min(candidates, key=lambda config: abs(parameter_count(config) - n_parameters))
+        # a table of positions may begin with rows that no position uses
+        return replace(best, max_positions=max_positions) if best.positions else best
 
     usual = nearest([0])
     if abs(parameter_count(usual) - n_parameters) <= 0.1 * n_parameters:

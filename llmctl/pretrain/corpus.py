@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmctl.data.corpus import Corpus
-from llmctl.data.packing import PackedRows
 from llmctl.errors import CalledWrongly, UserError
+from llmctl.pretrain.objectives import Objective
 from llmctl.pretrain.settings import PretrainSettings
 from llmctl.train import distributed
 from llmctl.train.feed import Feed
@@ -34,13 +34,12 @@ def open_corpus(paths: Sequence[str], spool: Path | None, use_spooled: bool, tok
     return corpus
 
 
-def packed_feed(corpus: Corpus, plan: Plan, settings: PretrainSettings) -> Feed:
-    """Rows of `plan.seq_len` tokens of both splits."""
-    how = {"seed": settings.seed, "isolate_documents": settings.isolate_documents}
-    train = PackedRows(corpus.split("train"), plan.seq_len, corpus.tokenizer, **how)
+def open_feed(corpus: Corpus, plan: Plan, settings: PretrainSettings, objective: Objective) -> Feed:
+    """Rows of `plan.seq_len` tokens of both splits, as the objective takes them."""
+    train = objective.rows(corpus.split("train"), plan.seq_len, corpus.tokenizer, settings)
     view, val = corpus.split("val"), None
     if view is not None and view.n_tokens > 2:
-        val = PackedRows(view, min(plan.seq_len, view.n_tokens - 1), corpus.tokenizer, **how)
+        val = objective.rows(view, min(plan.seq_len, view.n_tokens - 1), corpus.tokenizer, settings)
     return Feed(train, val, plan)
 
 

@@ -63,21 +63,23 @@ def refuse_contradictions(settings: PretrainSettings) -> None:
 
 def _model_config(settings: PretrainSettings, tokenizer, n_tokens: int, device: torch.device) -> ModelConfig:
     context = settings.seq_len or _default_seq_len(device)
+    names = ("bos", "eos", "pad", "mask")
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in names}
+    special = {key: value for key, value in special.items() if value is not None}
     if settings.init_from:
         config = read_config(settings.init_from)
     elif settings.model_config:
-        config = _config_file(settings.model_config, tokenizer.vocab_size)
+        config = _config_file(settings.model_config, {"vocab_size": tokenizer.vocab_size, **special})
     elif settings.preset:
         config = shapes.preset(settings.preset, tokenizer.vocab_size, context)
     else:
         wanted = settings.params or _teachable_parameters(n_tokens, tokenizer.vocab_size)
-        config = shapes.for_parameters(settings.family, wanted, tokenizer.vocab_size, context)
+        config = shapes.for_parameters(settings.family, wanted, tokenizer.vocab_size, context, special)
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"the tokens need a vocabulary of {tokenizer.vocab_size}, the model has {config.vocab_size}",
             hint="re-run `llmctl tokenize` with --tokenizer MODEL",
         )
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     return replace(config, dropout=settings.dropout, hf={**config.hf, **special})
 
 
@@ -86,12 +88,13 @@ def _teachable_parameters(n_tokens: int, vocab_size: int) -> int:
     return min(124_000_000, max(1_000_000, n_tokens // 2 + 128 * vocab_size))
 
 
-def _config_file(path: str, vocab_size: int) -> ModelConfig:
+def _config_file(path: str, usual: dict) -> ModelConfig:
+    """A config.json, with the `usual` values of keys that it leaves out."""
     file = os.path.join(path, "config.json") if os.path.isdir(path) else path
     hf = read_json(file)
     family = families.find(hf.get("model_type"))
     try:
-        return family.config_from_hf({"vocab_size": vocab_size, **hf})
+        return family.config_from_hf({**usual, **hf})
     except KeyError as error:
         raise UserError(f"{file}: the key {error} is missing") from error
 

@@ -12,18 +12,18 @@ import torch
 
 from llmctl.models import families
 from llmctl.models.initialization import new_model
-from llmctl.pretrain import planning
-from llmctl.pretrain.corpus import open_corpus, packed_feed
+from llmctl.pretrain import objectives, planning
+from llmctl.pretrain.corpus import open_corpus, open_feed
 from llmctl.pretrain.settings import PretrainSettings
 from llmctl.tokenizer import Tokenizer
 from llmctl.train import building, state
-from llmctl.train.objectives import NextToken
 from llmctl.train.run import Run, training
 from llmctl.train.task import Task
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from llmctl.models.config import ModelConfig
     from llmctl.train.feed import Feed
     from llmctl.train.loop import Trainer
     from llmctl.train.plan import Plan
@@ -59,17 +59,17 @@ class Pretraining(Task):
         return planning.make_plan(self.settings, inputs, self.corpus, device)
 
     def make_feed(self, plan: Plan) -> Feed:
-        return packed_feed(self.corpus, plan, self.settings)
+        return open_feed(self.corpus, plan, self.settings, objectives.choose(self.settings, _config(plan)))
 
     def make_trainer(self, plan: Plan, device: torch.device, save: Path | None) -> Trainer:
         settings = self.settings
-        config = families.find(plan.hf_config["model_type"]).config_from_hf(plan.hf_config)
-        self.config = dataclasses.replace(config, dropout=settings.dropout)
+        self.config = dataclasses.replace(_config(plan), dropout=settings.dropout)
         building.check_memory(self.config, settings.optimizer, device)
         model = new_model(self.config, settings.seed)
         if settings.init_from and save is None:
             state.load_weights(model, settings.init_from)
-        trainer = building.build_trainer(NextToken(model, settings.z_loss), plan, settings, device)
+        loss = objectives.choose(settings, self.config).loss(model, settings.z_loss)
+        trainer = building.build_trainer(loss, plan, settings, device)
         if save is not None:
             state.load(trainer, save)
         return trainer
@@ -77,3 +77,7 @@ class Pretraining(Task):
     @property
     def tokenizer(self) -> Tokenizer:
         return self.corpus.tokenizer
+
+
+def _config(plan: Plan) -> ModelConfig:
+    return families.find(plan.hf_config["model_type"]).config_from_hf(plan.hf_config)

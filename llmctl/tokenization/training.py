@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from llmctl.errors import UserError
 
@@ -17,6 +17,18 @@ CONFIG = {
     "eos_token": END_OF_TEXT,
     "clean_up_tokenization_spaces": False,
 }
+ENCODER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "cls_token": "<s>",
+    "eos_token": "</s>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "mask_token": "<mask>",
+    "clean_up_tokenization_spaces": False,
+}
+_ENCODER_TOKENS = ("<s>", "<pad>", "</s>", "<mask>")
+"""In the order of their ids, which RoBERTa's and BART's configs take for granted."""
 # Words keep the space or mark in front of them, digits stand alone, blank lines and indentation stay whole (Qwen2's
 # pattern): against GPT-2's it spends fewer tokens on source code and none on learning three-digit numbers.
 SPLIT_PATTERN = (
@@ -26,13 +38,17 @@ SPLIT_PATTERN = (
 PIECE = 1 << 16
 
 
-def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> str:
-    """tokenizer.json of a BPE of at most `vocab_size` tokens learnt from `texts`; the same texts give the same file."""
+def byte_level_bpe(texts: Iterable[str], vocab_size: int, for_encoder: bool = False) -> str:
+    """tokenizer.json of a BPE of at most `vocab_size` tokens learnt from `texts`; the same texts give the same file.
+
+    One for an encoder puts <s> and </s> around a text and knows <pad> and <mask>.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    least = len(alphabet) + 1
+    special = _ENCODER_TOKENS if for_encoder else (END_OF_TEXT,)
+    least = len(alphabet) + len(special)
     if vocab_size < least:
         raise UserError(
-            f"a vocabulary of {vocab_size} is too small", hint=f"the bytes and {END_OF_TEXT} alone need {least}"
+            f"a vocabulary of {vocab_size} is too small", hint=f"the bytes and {' '.join(special)} alone need {least}"
         )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -42,10 +58,18 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int) -> str:
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_pieces(texts), trainer)
-    return _finished(tokenizer)
+    if not for_encoder:
+        return _finished(tokenizer)
+    # the mask stands for a word and the space in front of it
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return tokenizer.to_str()
 
 
 def plain_bytes() -> str:

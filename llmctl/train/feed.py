@@ -29,6 +29,8 @@ class Batch(Protocol):
 class Rows(Protocol):
     """One split, cut into rows; row n is the same in every process, on every world size and after every resume."""
 
+    unit: str
+    """What the loss is a mean over: "token", "masked token", ..."""
     rows_per_epoch: int
     n_tokens: int
     n_bytes: int | None

@@ -154,6 +154,7 @@ class Stepping:
                 loss=nats / n_scored,
                 bits_per_byte=nats / math.log(2) / n_bytes if n_bytes else None,
                 seconds=time.perf_counter() - started,
+                unit=self.feed.val.unit,
             )
         )
 

@@ -16,6 +16,10 @@ def config_to_hf(config: ModelConfig) -> dict:
     return bert_like.to_hf(config, "Bert")
 
 
+def usual_shape(model_type: str, width: int, depth: int, context: int) -> dict:
+    return bert_like.usual_shape(width, depth, context)
+
+
 WEIGHTS = (
     *bert_like.weights("bert"),
     *bert_like.post_norms("bert"),

@@ -17,7 +17,7 @@ from llmctl.models.config import (
     ModelConfig,
     Norm,
 )
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row
+from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row, usual_heads
 
 IGNORABLE = (
     r"(^|\.)pooler\.",
@@ -88,6 +88,19 @@ def to_hf(config: ModelConfig, architecture: str, **more: Any) -> dict:
         "layer_norm_eps": block.norm.eps,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
+        **more,
+    }
+
+
+def usual_shape(width: int, depth: int, context: int, **more: Any) -> dict:
+    """A config.json for a width; `more` are the family's own keys."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": usual_heads(width),
+        "max_position_embeddings": context,
+        "layer_norm_eps": 1e-5,
         **more,
     }
 

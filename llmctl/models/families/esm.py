@@ -15,6 +15,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
     is_rotary = {"absolute": False, "rotary": True}[hf.get("position_embedding_type", "absolute")]
     rope = Rope(hf.get("rope_theta", 10000.0), stored=True) if is_rotary else None
     mixer = bert_like.attention(hf, rope=rope)
+    mask_id = hf.get("mask_token_id")
     n_maps = hf["num_hidden_layers"] * hf["num_attention_heads"]
     return bert_like.model(
         {"max_position_embeddings": 1026, **hf},
@@ -24,7 +25,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
         final_norm=norm,
         embedding_norm=norm if hf.get("emb_layer_norm_before") else None,
         token_types=0,
-        token_dropout=TokenDropout(hf["mask_token_id"]) if hf.get("token_dropout") else None,
+        token_dropout=TokenDropout(mask_id) if hf.get("token_dropout") and mask_id is not None else None,
         head=Head(HeadTransform("gelu", Norm("layer", norm.eps)), bias=True),
         # Predicts contacts from attention maps; transformers expects it in every checkpoint.
         carried=(Carried("contact_weight", (1, n_maps)), Carried("contact_bias", (1,))),
@@ -43,6 +44,10 @@ def config_to_hf(config: ModelConfig) -> dict:
         **({"mask_token_id": dropout.mask_id} if dropout else {}),
     )
     return {key: value for key, value in hf.items() if key not in ("hidden_act", "type_vocab_size")}
+
+
+def usual_shape(model_type: str, width: int, depth: int, context: int) -> dict:
+    return bert_like.usual_shape(width, depth, context, position_embedding_type="rotary", token_dropout=True)
 
 
 WEIGHTS = (

@@ -22,6 +22,11 @@ def config_to_hf(config: ModelConfig) -> dict:
     return bert_like.to_hf(config, "Longformer", attention_window=windows, **bert_like.padding_of(config))
 
 
+def usual_shape(model_type: str, width: int, depth: int, context: int) -> dict:
+    window = max(2, min(512, context // 4) // 2 * 2)
+    return bert_like.usual_shape(width, depth, context, type_vocab_size=1, attention_window=[window] * depth)
+
+
 WEIGHTS = (
     *bert_like.weights("longformer"),
     *(

@@ -17,6 +17,10 @@ def config_to_hf(config: ModelConfig) -> dict:
     return bert_like.to_hf(config, _ARCHITECTURES[config.family], **bert_like.padding_of(config))
 
 
+def usual_shape(model_type: str, width: int, depth: int, context: int) -> dict:
+    return bert_like.usual_shape(width, depth, context, type_vocab_size=1)
+
+
 WEIGHTS = (
     *bert_like.weights("roberta"),
     *bert_like.post_norms("roberta"),
