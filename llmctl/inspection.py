@@ -16,7 +16,9 @@ from llmctl.data.corpus import SHARDS, shards_of
 from llmctl.data.summary import describe_tokenizer, summarize
 from llmctl.errors import UserError
 from llmctl.files import read_json
-from llmctl.models.config import sizes
+from llmctl.models import description
+from llmctl.models.config import parameter_count, sizes
+from llmctl.models.ffn import has_experts
 from llmctl.models.loading import new_empty, read_config
 from llmctl.streams import read_stream
 from llmctl.tokenizer import Tokenizer
@@ -85,10 +87,12 @@ def _describe_model(path: Path) -> dict[str, Any]:
     return {
         "family": config.family,
         "parameters": sum(parts.values()),
+        "active_parameters": parameter_count(config, active=True) if has_experts(model) else None,
         "parameters_per_part": dict(parts),
         "n_layers": config.n_layers,
         "d_model": config.d_model,
         **sizes(config),
+        "layers": description.blocks(config),
         "vocab_size": config.vocab_size,
         "context": config.max_positions,
         "tied": config.tie_embeddings,

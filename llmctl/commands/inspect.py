@@ -77,7 +77,7 @@ def _facts(record, prefix=""):
 def _in_words(key, value):
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if key == "parameters":
+    if key in ("parameters", "active_parameters"):
         return f"{value:,} ({format_count(value)})"
     if key == "bytes":
         return f"{value:,} ({format_size(value)})"
