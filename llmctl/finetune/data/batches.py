@@ -14,7 +14,7 @@ from llmctl.data.masking import Masking
 from llmctl.data.packing import IGNORE, Batch, permuted
 from llmctl.finetune.data.encoding import Tokens
 from llmctl.finetune.data.examples import LABELLED
-from llmctl.finetune.data.fitting import best_fit
+from llmctl.finetune.data.fitting import Rows, best_fit
 from llmctl.finetune.data.forms import PREFERENCES
 from llmctl.finetune.data.mixing import Mixture
 from llmctl.finetune.data.store import ExampleSet
@@ -30,7 +30,7 @@ _UNITS = {
     **dict.fromkeys(PREFERENCES, "pair"),
 }
 """What a loss is a mean over; tokens where nothing is said."""
-_NO_NUMBER = -1
+_TRAIN, _VAL = 0, 1
 
 
 @dataclass(frozen=True)
@@ -118,26 +118,29 @@ class PackedExamples(_Split):
     def train_batch(self, first_row: int, n_rows: int) -> Batch:
         """Rows `first_row` … of the endless shuffled sequence of epochs."""
         numbers = range(first_row, first_row + n_rows)
-        places = [self._order.at(number) for number in numbers]
-        return self._batch([self._rows[source][index] for source, index in places], numbers)
+        rows = [self._row(*self._order.at(number)) for number in numbers]
+        return self._batch(rows, [(_TRAIN, number) for number in numbers])
 
     def validation_batches(self, n_rows: int) -> Iterator[Batch]:
         """All rows once, in order; the last batch may be smaller."""
-        rows = [row for source in self._rows for row in source]
-        for at in range(0, len(rows), n_rows):
-            yield self._batch(rows[at : at + n_rows], range(_NO_NUMBER - at, _NO_NUMBER - at - n_rows, -1))
+        places = [(source, row) for source, rows in enumerate(self._rows) for row in range(len(rows))]
+        for at in range(0, len(places), n_rows):
+            part = [self._row(*place) for place in places[at : at + n_rows]]
+            yield self._batch(part, [(_VAL, at + i) for i in range(len(part))])
 
-    def _pack(self, numbers: np.ndarray) -> list[np.ndarray]:
-        lengths = self._examples.lengths(numbers) - (self._masking is None)
-        return [numbers[row] for row in best_fit(lengths.tolist(), self.seq_len)]
+    def _pack(self, numbers: np.ndarray) -> Rows:
+        return best_fit(self._examples.lengths(numbers) - (self._masking is None), self.seq_len)
 
-    def _batch(self, rows: Sequence[np.ndarray], row_numbers: Sequence[int]) -> Batch:
+    def _row(self, source: int, row: int) -> np.ndarray:
+        """The numbers of a row's examples."""
+        return self._numbers[source][self._rows[source][row]]
+
+    def _batch(self, rows: Sequence[np.ndarray], seeds: Sequence[tuple[int, int]]) -> Batch:
         shape = len(rows), self.seq_len
         inputs, documents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         targets = np.full(shape, IGNORE, np.int64)
-        for row, (examples, row_number) in enumerate(zip(rows, row_numbers)):
-            # one generator per row: what is masked depends on the row's number alone
-            rng = np.random.default_rng([self.seed, int(row_number < 0), abs(row_number)])
+        for row, (examples, seed) in enumerate(zip(rows, seeds)):
+            rng = np.random.default_rng([self.seed, *seed])  # what is masked depends on the row's number alone
             at = 0
             for document, example in enumerate(examples):
                 (tokens,) = self._examples.read(int(example))

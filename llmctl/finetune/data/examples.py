@@ -27,7 +27,8 @@ from llmctl.finetune.data.labels import normal_label
 from llmctl.finetune.data.rendering import Draft, Renderer
 from llmctl.finetune.data.rows import Row
 from llmctl.finetune.data.settings import DataSettings, FormSettings
-from llmctl.streams import TRAIN, VAL, TokenStream
+from llmctl.stream_header import TRAIN, VAL
+from llmctl.streams import TokenStream
 from llmctl.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 256

@@ -1,37 +1,53 @@
-"""Examples of several lengths put into rows of one length."""
+"""Items of several lengths put into rows of one length."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+
+import numpy as np
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of item numbers whose lengths add up to `capacity` at most: longest first, each into the fullest row it fits.
+class Rows:
+    """Row i holds `items[starts[i]:starts[i + 1]]`: int64 arrays, so that millions of rows take little memory."""
+
+    def __init__(self, row_of: np.ndarray):
+        self.items = np.argsort(row_of, kind="stable")
+        self.starts = np.searchsorted(row_of[self.items], np.arange(row_of.max(initial=-1) + 2))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.items[self.starts[row] : self.starts[row + 1]]
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> Rows:
+    """Rows whose lengths add up to `capacity` at most: longest items first, each into the fullest row that it fits.
 
     The same lengths give the same rows. Raises `ValueError` for an item longer than a row.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    if order and lengths[order[0]] > capacity:
-        raise ValueError(f"an item of {lengths[order[0]]} does not fit into {capacity}")
-    rows: list[list[int]] = []
-    open_rows: dict[int, list[int]] = {}  # by room that is left, which has at most `capacity` values
-    rooms: list[int] = []
-    for item in order:
-        place = bisect.bisect_left(rooms, lengths[item])
+    if lengths.max(initial=0) > capacity:
+        raise ValueError(f"an item of {lengths.max()} does not fit into {capacity}")
+    row_of = np.zeros(len(lengths), np.int64)
+    rows_with: dict[int, list[int]] = {}  # by the room that is left in them
+    rooms: list[int] = []  # the keys, sorted
+    n_rows = 0
+    for item in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[item])
+        place = bisect.bisect_left(rooms, length)
         if place == len(rooms):
-            rows.append([item])
-            row, room = len(rows) - 1, capacity
+            row, room = n_rows, capacity
+            n_rows += 1
         else:
             room = rooms[place]
-            row = open_rows[room].pop()
-            rows[row].append(item)
-            if not open_rows[room]:
-                del open_rows[room], rooms[place]
-        room -= lengths[item]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rows_with[room], rooms[place]
+        row_of[item] = row
+        room -= length
         if room:
-            if room not in open_rows:
+            if room not in rows_with:
                 bisect.insort(rooms, room)
-                open_rows[room] = []
-            open_rows[room].append(row)
-    return rows
+                rows_with[room] = []
+            rows_with[room].append(row)
+    return Rows(row_of)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -112,7 +113,7 @@ class _Preparation:
         self.reader = ExampleReader(choose_template(tokenizer, settings.chat_template), objective, settings, seq_len)
         self.labels = LabelTable(objective, label_names)
         self.counts = [Counts() for _ in sources]
-        self.origins: list[int] = []
+        self.origins = array("i")
 
     def write(self, number: int, rows: Iterator[Row | TokenStream], writer: ExampleWriter, report: Report) -> None:
         """All examples of source `number`."""
@@ -129,8 +130,12 @@ class _Preparation:
     def closing(self, writer: ExampleWriter) -> tuple[dict[str, np.ndarray], dict]:
         """The index and summary of the set. Raises `UserError` where a source has nothing to train on."""
         origins = np.array(self.origins, np.int32)
-        is_val = self._split(origins, writer)
+        digests = np.array(writer.digests, np.uint64)
+        is_val = self._split(origins, digests, np.array(writer.is_held_out, bool))
         self._refuse_empty(origins, is_val)
+        n_leaked = int(np.isin(digests[is_val], digests[~is_val]).sum())
+        if n_leaked:
+            log.warning("%d of the %d held-out examples are also trained on", n_leaked, is_val.sum())
         index = {"sources": origins, "is_held_out": is_val}
         if self.objective in (*LABELLED, "kto"):
             index["labels"] = self.labels.array()
@@ -142,7 +147,7 @@ class _Preparation:
             "weights": None if None in weights else weights,
             "label_names": self.labels.names,
             "chat_template": self.reader.template_used,
-            "duplicates": len(writer.digests) - len(set(writer.digests)),
+            "duplicates": len(digests) - len(np.unique(digests)),
             "files": [{"path": s.path, **dataclasses.asdict(count)} for s, count in zip(self.sources, self.counts)],
         }
 
@@ -152,14 +157,12 @@ class _Preparation:
         except UserError as error:
             raise UserError(f"{example.place}: {error.message}", error.hint) from error
 
-    def _split(self, origins: np.ndarray, writer: ExampleWriter) -> np.ndarray:
-        """bool [n]: held out. A share of each file, unless the files themselves say it."""
-        is_val = np.array(writer.is_held_out, bool)
-        is_val |= np.array([source.is_held_out for source in self.sources])[origins]
+    def _split(self, origins: np.ndarray, digests: np.ndarray, is_val: np.ndarray) -> np.ndarray:
+        """bool [n]: held out. A share of each file, unless the files themselves say it, or rows do (`is_val`)."""
+        is_val = is_val | np.array([source.is_held_out for source in self.sources])[origins]
         if is_val.any() or self.settings.val_data:
             return is_val
         fraction = self.settings.val_fraction
-        digests = np.array(writer.digests, np.uint64)
         for number in range(len(self.sources)):
             mine = np.flatnonzero(origins == number)
             wanted = round(len(mine) * (HELD_OUT_SHARE if fraction is None else fraction))

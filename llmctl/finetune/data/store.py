@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ class ExampleWriter:
         self._file = open(directory / _TOKENS, "xb")
         self._writer = TokenStreamWriter(self._file, tokenizer, loss_mask=True)
         self._pending: list[Tokens] = []
-        self.digests: list[int] = []
-        self.is_held_out: list[bool] = []
+        self.digests = array("Q")
+        self.is_held_out = array("b")
 
     def __enter__(self) -> ExampleWriter:
         return self
@@ -111,14 +111,13 @@ class ExampleSet:
 
     def _identity(self, corpus_sha256: str, *arrays: np.ndarray) -> str:
         state = hashlib.sha256(f"{corpus_sha256} {self.objective} {self.weights} {self.label_names}".encode())
-        for array in (*arrays, *([] if self.labels is None else [self.labels])):
-            state.update(np.ascontiguousarray(array).tobytes())
+        for values in (*arrays, *([] if self.labels is None else [self.labels])):
+            state.update(np.ascontiguousarray(values).tobytes())
         return state.hexdigest()
 
 
-def lowest(digests: Sequence[int], n_wanted: int) -> np.ndarray:
-    """bool [n]: at least `n_wanted` examples, those of the lowest digests, so that equal ones are on the same side."""
-    digests = np.array(digests, np.uint64)
+def lowest(digests: np.ndarray, n_wanted: int) -> np.ndarray:
+    """bool [n] of uint64 [n]: at least `n_wanted` examples, those of the lowest digests, so that equal ones are on the same side."""
     if n_wanted <= 0 or len(digests) == 0:
         return np.zeros(len(digests), bool)
     return digests <= np.partition(digests, n_wanted - 1)[n_wanted - 1]
