@@ -217,6 +217,31 @@ def test_sentinels_of_t5(pairs, in_transformers):
     assert n in ours.encode("a <extra_id_99> b")
 
 
+def test_sentinels_that_the_configuration_lists(train, tmp_path):
+    """t5-small names its hundred sentinels once more, mT5 has none."""
+    (tmp_path / "spiece.model").write_bytes(train(**KINDS["t5"]))
+    names = [f"<extra_id_{number}>" for number in range(100)]
+    config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, "additional_special_tokens": names}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert [tokenizer.encode(name, add_special_tokens=False)[-1] for name in names] == list(range(799, 699, -1))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MT5Tokenizer", "extra_ids": 0}))
+    assert Tokenizer.load(tmp_path).vocab_size == 700
+
+
+def test_special_tokens_stand_anywhere(train, tmp_path, in_transformers):
+    """Llama's first configurations call them normalized; a chat has them in the middle of its text all the same."""
+    (tmp_path / "tokenizer.model").write_bytes(train(**KINDS["llama"]))
+    tokens = {
+        role: {"content": text, "normalized": True} for role, text in (("bos_token", "<s>"), ("eos_token", "</s>"))
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **tokens}))
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("<s>one</s><s>two", add_special_tokens=False)
+    assert [token for token in ids if token in (1, 2)] == [1, 2, 1]
+    assert in_transformers(tokenizer, "llama")("<s>one</s><s>two", add_special_tokens=False)["input_ids"] == ids
+
+
 def test_turns_of_gemma_are_special(train, tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train(**{**KINDS["gemma"], "user_defined_symbols": ["<start_of_turn>", "<unused0>"]}))

@@ -31,16 +31,20 @@ def gathered(own: list[dict], vocab: dict[str, int], config: dict) -> list[dict]
         tokens[each["content"]] = each
         ids[each["content"]] = int(number)
     for value in _named(config):
-        each = _with_flags(value, tokens) | {"special": True}
+        each = _with_flags(value, tokens, is_special=True)
         tokens[each["content"]] = each
     return _numbered(tokens, ids, vocab)
 
 
-def _with_flags(value: str | dict, tokens: dict[str, dict]) -> dict:
+def _with_flags(value: str | dict, tokens: dict[str, dict], is_special: bool = False) -> dict:
     """A token as a configuration writes it, a string or a dict with its flags, on top of what is known of it."""
     content = special.content(value)
     flags = {flag: value[flag] for flag in _FLAGS if flag in value} if isinstance(value, dict) else {}
-    return (tokens.get(content) or token(content, flags.get("special", True))) | flags
+    each = (tokens.get(content) or token(content, flags.get("special", True))) | flags
+    if each["special"] or is_special:
+        # Some configurations say that special tokens are normalized, by which "</s>" would be one at a text's start only.
+        each |= {"special": True, "normalized": False}
+    return each
 
 
 def _named(config: dict) -> list[str | dict]:
