@@ -525,11 +525,23 @@ def test_seq2seq_rows(tmp_path):
         assert np.array_equal(batch.inputs[row, 1:n], batch.targets[row, : n - 1])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_packed_loss_is_unpacked_loss(tmp_path, family):
-    examples = prepared(tmp_path, LETTERS[:24], seq_len=128)
+ATTENTION_PATHS = {
+    "llama": ("llama", {}, True),
+    "gpt2": ("gpt2", {}, True),
+    "torch's own kernel": ("llama", {}, False),
+    "capped scores": ("llama", {"softcap": 5.0}, True),
+    "a window": ("llama", {"window": 16}, True),
+}
+
+
+@pytest.mark.parametrize("path", ATTENTION_PATHS)
+def test_packed_loss_is_unpacked_loss(tmp_path, monkeypatch, path):
+    family, mixer, is_blocked = ATTENTION_PATHS[path]
+    if not is_blocked:
+        monkeypatch.setattr("llmctl.ops.blocked_attention.applies", lambda *_: False)
     config = dataclasses.replace(for_parameters(family, 40_000, BYTES.vocab_size, 128), dropout=0.0)
-    objective = NextToken(new_model(config, seed=0), z_loss=0.0)
+    blocks = [dataclasses.replace(each, mixer=dataclasses.replace(each.mixer, **mixer)) for each in config.blocks]
+    objective = NextToken(new_model(dataclasses.replace(config, blocks=tuple(blocks)), seed=0), z_loss=0.0)
     torch.manual_seed(0)
     for parameter in objective.parameters():  # those that start at zero would hide what flows through them
         torch.nn.init.normal_(parameter, 0, 0.1)
@@ -539,10 +551,10 @@ def test_packed_loss_is_unpacked_loss(tmp_path, family):
         with torch.no_grad():
             return float(objective(*batch.tensors(torch.device("cpu")))) / batch.n_targets
 
+    examples = prepared(tmp_path, LETTERS[:24], seq_len=128)
     packed = PackedExamples(examples, "train", 128)
     assert packed.rows_per_epoch < 12
-    window = PaddedExamples(examples, "train", 24)
-    alone = loss(window, 24)
+    alone = loss(PaddedExamples(examples, "train", 24), 24)
     assert loss(packed, packed.rows_per_epoch) == pytest.approx(alone, abs=1e-5)
 
 

@@ -148,8 +148,9 @@ class PackedExamples(_Split):
                 place = slice(at, at + len(own_inputs))
                 inputs[row, place], targets[row, place], documents[row, place] = own_inputs, own_targets, document
                 at = place.stop
-            documents[row, at:] = len(examples)  # padding is seen by nothing else
-        return Batch(inputs, targets, documents)
+            # padding behind is seen by nothing where nothing looks ahead, and else by nothing but itself
+            documents[row, at:] = len(examples) - (self._masking is None)
+        return Batch(inputs, targets, documents if documents.any() else None)
 
     def _inputs_and_targets(self, tokens: Tokens, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
         if self._masking is None:

@@ -107,8 +107,9 @@ class ExampleReader:
 
     @property
     def template_used(self) -> str | list | None:
-        """The chat template as the tokenizer has it; None where no row needed one so far."""
-        return self.tokenizer.config.get("chat_template") if self._renderer.has_used_template else None
+        """The chat template as the tokenizer has it; None where none was given and no row needed one so far."""
+        is_used = self._renderer.has_used_template or self.settings.chat_template is not None
+        return self.tokenizer.config.get("chat_template") if is_used else None
 
     def read(self, rows: Iterable[Row | TokenStream], counts: Counts) -> Iterator[Example]:
         """Examples in the order of the rows. Raises `UserError` naming the place of the first that cannot be used."""

@@ -112,7 +112,9 @@ class Renderer:
             marked = Chat([_marked(m, i) for i, m in enumerate(chat.messages)], chat.tools)
             text = self._render(marked, len(marked.messages)).text
         except UserError:
-            return  # a template may look into the words; what it says of the real ones will be heard
+            # a template may look into the words; what it says of the real ones will be heard
+            self._checked.add(shape)
+            return
         before = 0
         for number, message in enumerate(chat.messages):
             places = [text.find(mark) for mark in _marks(message, number)]
