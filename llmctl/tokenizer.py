@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import tokenizers
 
-from llmctl import chat_template
 from llmctl.errors import UserError
 from llmctl.tokenization import bulk, decoding, edges, files, special, training
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from llmctl import chat_template
 
 
 class Tokenizer:
@@ -103,6 +104,8 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The template for chats without tools, None where the tokenizer has none."""
+        from llmctl import chat_template  # its library is large, and most uses of a tokenizer know no chats
+
         return chat_template.by_name(self.config.get("chat_template")).get("default")
 
     def render_chat(
@@ -113,6 +116,8 @@ class Tokenizer:
         `variables` are `tools`, `documents` and whatever else the template asks for. Raises UserError where there is no
         template, or it refuses the messages.
         """
+        from llmctl import chat_template
+
         chosen = chat_template.choose(self.config.get("chat_template"), template, bool(variables.get("tools")))
         tokens = {role: special.content(self.config[role]) for role in special.ROLES if self.config.get(role)}
         return chat_template.render(

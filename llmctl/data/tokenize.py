@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, BinaryIO
 
+from llmctl import allocator
 from llmctl.data.chunks import chunked, text_bytes, whole_documents
 from llmctl.data.documents import DocumentReader
 from llmctl.data.inputs import find_inputs
@@ -52,6 +53,7 @@ def tokenize(
     when it is complete. Returns documents, tokens and bytes per split. Raises `UserError` for empty or wrong input.
     """
     _check_outputs(output, settings)
+    allocator.keep_freed_memory()  # every chunk needs the same arrays again
     reader = DocumentReader(find_inputs(paths), settings.split, settings.field, settings.errors)
     if settings.tokenizer is None or settings.val_fraction:
         for each in reader.inputs:
