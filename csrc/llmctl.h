@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 4
+#define LLMCTL_ABI 5
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -95,6 +95,41 @@ enum {
 LLMCTL_API int llmctl_linear(int32_t dtype, const void* x, int64_t x_stride, const void* weight, int64_t weight_stride,
                              const void* bias, void* out, int64_t out_stride, int64_t n_rows, int64_t n_in,
                              int64_t n_out);
+
+/* softmax(softcap(scale q k^T) + bias) v for queries that each see one range of keys. Strides count elements; those of a
+ * tensor are from sequence to sequence, head to head and token to token, and the head_dim elements of a token's head lie
+ * side by side. Query head h uses the kv head h / (heads / kv_heads). */
+typedef struct {
+    const void* q;                                       /* [batch, heads, queries, head_dim] */
+    const void* k;                                       /* [batch, kv_heads, keys, head_dim] */
+    const void* v;                                       /* the same */
+    void* out;                                           /* like q */
+    int64_t batch, heads, kv_heads, queries, keys, head_dim;
+    int64_t q_strides[3], k_strides[3], v_strides[3], out_strides[3];
+    const int64_t* first;                                /* [batch, queries]: the first key that each query sees, or null */
+    const int64_t* end;                                  /* the key behind the last, or null */
+    int64_t first_strides[2], end_strides[2];
+    const int64_t* origins;                              /* [batch]: from where sums count in sections of keys, or null */
+    int64_t causal_offset;                               /* query t sees no key behind this + t; below 0: any */
+    const float* bias;                                   /* [batch, heads, queries, keys] or null */
+    int64_t bias_strides[4];
+    float scale, softcap;                                /* softcap 0 is none: c tanh(score / c) */
+} llmctl_attention_args;
+
+/* A query that sees no key gets 0. Its result depends, to the last bit, on its own vector and on the keys and values from
+ * the sequence's origin on, so an origin at the first token behind the padding makes padding invisible. head_dim is at
+ * most LLMCTL_ATTENTION_MAX_HEAD_DIM. */
+#define LLMCTL_ATTENTION_MAX_HEAD_DIM 256
+LLMCTL_API int llmctl_attention(int32_t dtype, const llmctl_attention_args* args);
+
+/* out = activation(x) * up, element by element, or activation(x) where up is null; out may be x or up. */
+enum {
+    LLMCTL_SILU = 0,
+    LLMCTL_GELU = 1,      /* with erf */
+    LLMCTL_GELU_TANH = 2, /* with the usual approximation by tanh */
+    LLMCTL_RELU = 3
+};
+LLMCTL_API int llmctl_activation(int32_t dtype, int32_t kind, const void* x, const void* up, void* out, int64_t n);
 
 /* Cross-entropy of each row of logits [n_rows, n_columns] (contiguous) with its target, plus z_loss * log(Z)^2, into
  * losses [n_rows]; the logits are overwritten with the gradient of the summed losses. A negative target is not

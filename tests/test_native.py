@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.ops import bpe, native
+from llmctl.ops import bpe, cached_attention, native
 
 HEADER = Path(__file__).resolve().parent.parent / "csrc" / "llmctl.h"
 C_TYPES = {
@@ -40,6 +40,17 @@ def prototypes() -> dict[str, list]:
     return found
 
 
+def fields(struct: str) -> list[tuple[str, object]]:
+    """Names and ctypes types of a struct's fields."""
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
+    body = re.search(rf"typedef struct \{{([^}}]*)\}} {struct};", text)[1]
+    found = []
+    for kind, names in re.findall(r"\s*((?:const )?\w+\*?) ([^;]+);", body):
+        for name, length in re.findall(r"(\w+)(?:\[(\d+)\])?", names):
+            found.append((name, c_type(kind) * int(length) if length else c_type(kind)))
+    return found
+
+
 def enumerators(prefix: str) -> dict[str, str]:
     return dict(re.findall(rf"{prefix}(\w+) = ([^,/\n]+?)\s*(?:,|/\*|\n)", HEADER.read_text()))
 
@@ -59,6 +70,12 @@ def clear():
 
 def test_signatures_are_the_headers():
     assert native.SIGNATURES == prototypes()
+
+
+def test_structs_are_the_headers():
+    assert cached_attention.Args._fields_ == fields("llmctl_attention_args")
+    limit = re.search(r"#define LLMCTL_ATTENTION_MAX_HEAD_DIM (\d+)", HEADER.read_text())[1]
+    assert int(limit) == cached_attention.MAX_HEAD_DIM
 
 
 def test_constants_are_the_headers():

@@ -1,12 +1,18 @@
 // The kernels that exist once for each instruction set, and which of them run here.
 #pragma once
 
+#include "cpu/attention.h"
 #include "cpu/linear.h"
 
 namespace llmctl {
 
+// Elements [first, first + n) of an activation; up may be null.
+using ActivationKernel = void (*)(int32_t kind, const void* x, const void* up, void* out, int64_t first, int64_t n);
+
 struct Kernels {
     LinearKernel linear_f32, linear_bf16;
+    AttentionKernels attention_f32, attention_bf16;
+    ActivationKernel activation_f32, activation_bf16;
 };
 
 // Each defined in the file of its name, which alone is compiled for that instruction set.

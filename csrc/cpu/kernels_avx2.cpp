@@ -1,3 +1,5 @@
+#include "cpu/activation.h"
+#include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_tile.h"
 #include "cpu/simd/avx2.h"
@@ -5,4 +7,8 @@
 const llmctl::Kernels llmctl::avx2_kernels = {
     linear_piece<FloatDot<Avx2, float>, 3>,
     linear_piece<FloatDot<Avx2, Bf16>, 3>,
+    attention_kernels<FloatDot<Avx2, float>, 3, 2>,
+    attention_kernels<FloatDot<Avx2, Bf16>, 3, 2>,
+    activation_kernel<Avx2, float>,
+    activation_kernel<Avx2, Bf16>,
 };

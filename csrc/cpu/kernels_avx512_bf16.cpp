@@ -1,3 +1,5 @@
+#include "cpu/activation.h"
+#include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_tile.h"
 #include "cpu/simd/avx512_bf16.h"
@@ -5,4 +7,8 @@
 const llmctl::Kernels llmctl::avx512_bf16_kernels = {
     linear_piece<FloatDot<Avx512, float>, 6>,
     linear_piece<Bf16Dot, 6>,
+    attention_kernels<FloatDot<Avx512, float>, 6, 6>,
+    attention_kernels<Bf16Dot, 6, 6>,
+    activation_kernel<Avx512, float>,
+    activation_kernel<Avx512, Bf16>,
 };

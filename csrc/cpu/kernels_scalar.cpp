@@ -1,3 +1,5 @@
+#include "cpu/activation.h"
+#include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_tile.h"
 #include "cpu/simd/scalar.h"
@@ -5,4 +7,8 @@
 const llmctl::Kernels llmctl::scalar_kernels = {
     linear_piece<FloatDot<Scalar, float>, 2>,
     linear_piece<FloatDot<Scalar, Bf16>, 2>,
+    attention_kernels<FloatDot<Scalar, float>, 2, 1>,
+    attention_kernels<FloatDot<Scalar, Bf16>, 2, 1>,
+    activation_kernel<Scalar, float>,
+    activation_kernel<Scalar, Bf16>,
 };

@@ -17,7 +17,7 @@ template <class Element>
 constexpr int64_t block_length = 4096 / sizeof(Element);
 
 // acc += products of `Rows` rows of x and four of weight, which `load` takes from their addresses.
-template <class Dot, int Rows, bool IsFirst, class Load>
+template <class Dot, int Rows, bool Prefetch, class Load>
 LLMCTL_INLINE void multiply_step(typename Dot::Simd::Vec acc[Rows][outs_per_tile], const typename Dot::Element* x,
                                  int64_t x_stride, const typename Dot::Element* const w[outs_per_tile], int64_t k,
                                  int64_t ahead, const Load& load) {
@@ -25,7 +25,7 @@ LLMCTL_INLINE void multiply_step(typename Dot::Simd::Vec acc[Rows][outs_per_tile
 #pragma GCC unroll 8
     for (int o = 0; o < outs_per_tile; ++o) {
         ws[o] = load(w[o] + k);
-        if constexpr (IsFirst) Dot::Simd::prefetch(w[o] + k + ahead);
+        if constexpr (Prefetch) Dot::Simd::prefetch(w[o] + k + ahead);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
@@ -36,9 +36,9 @@ LLMCTL_INLINE void multiply_step(typename Dot::Simd::Vec acc[Rows][outs_per_tile
 }
 
 // sums[r][o] becomes, or if `more` grows by, the product of row r of x and row o of w over n elements.
-template <class Dot, int Rows, bool IsFirst>
+template <class Dot, int Rows, bool Prefetch>
 void linear_tile(const typename Dot::Element* x, int64_t x_stride, const typename Dot::Element* const w[outs_per_tile],
-                 int64_t n, int64_t ahead, bool more, float* sums) {
+                 int64_t n, int64_t ahead, bool more, float* sums, int64_t sums_stride) {
     using S = typename Dot::Simd;
     using Pointer = const typename Dot::Element*;
     typename S::Vec acc[Rows][outs_per_tile];
@@ -50,48 +50,48 @@ void linear_tile(const typename Dot::Element* x, int64_t x_stride, const typenam
     int64_t k = 0;
     for (; k + Dot::step <= n; k += Dot::step) {
         const auto load = [](Pointer p) LLMCTL_INLINED { return Dot::load(p); };
-        multiply_step<Dot, Rows, IsFirst>(acc, x, x_stride, w, k, ahead, load);
+        multiply_step<Dot, Rows, Prefetch>(acc, x, x_stride, w, k, ahead, load);
     }
     if (const int left = static_cast<int>(n - k)) {
         const auto load = [left](Pointer p) LLMCTL_INLINED { return Dot::load_some(p, left); };
-        multiply_step<Dot, Rows, IsFirst>(acc, x, x_stride, w, k, ahead, load);
+        multiply_step<Dot, Rows, Prefetch>(acc, x, x_stride, w, k, ahead, load);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
         float block[outs_per_tile];
         S::sums(acc[r], block);
-        float* to = sums + r * linear_max_outs;
+        float* to = sums + r * sums_stride;
         for (int o = 0; o < outs_per_tile; ++o) to[o] = more ? to[o] + block[o] : block[o];
     }
 }
 
 // `Rows` rows times a stretch of outputs, over the block of the summed dimension that begins at k.
 template <class Dot, int Rows>
-void linear_block(const Linear& c, int64_t row, int64_t k, int64_t first_out, int64_t last_out, bool is_first,
-                  float* sums) {
+void linear_block(const Linear& c, int64_t row, int64_t k, int64_t first_out, int64_t last_out, int64_t outs_ahead,
+                  float* sums, int64_t sums_stride) {
     using Element = typename Dot::Element;
     const Element* x = static_cast<const Element*>(c.x) + row * c.x_stride + k;
     const Element* weight = static_cast<const Element*>(c.weight) + k;
     const int64_t n = c.n_in - k < block_length<Element> ? c.n_in - k : block_length<Element>;
-    const auto tile = is_first ? linear_tile<Dot, Rows, true> : linear_tile<Dot, Rows, false>;
+    const auto tile = outs_ahead ? linear_tile<Dot, Rows, true> : linear_tile<Dot, Rows, false>;
     for (int64_t out = first_out; out < last_out; out += outs_per_tile, sums += outs_per_tile) {
         const Element* w[outs_per_tile];  // behind the last output the last one again, whose sums nobody reads
         for (int o = 0; o < outs_per_tile; ++o) {
             w[o] = weight + (out + o < last_out ? out + o : last_out - 1) * c.weight_stride;
         }
-        tile(x, c.x_stride, w, n, outs_per_tile * c.weight_stride, k > 0, sums);
+        tile(x, c.x_stride, w, n, outs_ahead * c.weight_stride, k > 0, sums, sums_stride);
     }
 }
 
 template <class Dot, int Rows>
 LLMCTL_INLINE void linear_block_of(int64_t n_rows, const Linear& c, int64_t row, int64_t k, int64_t first_out,
-                                   int64_t last_out, bool is_first, float* sums) {
+                                   int64_t last_out, int64_t outs_ahead, float* sums, int64_t sums_stride) {
     if constexpr (Rows > 1) {
         if (n_rows < Rows) {
-            return linear_block_of<Dot, Rows - 1>(n_rows, c, row, k, first_out, last_out, is_first, sums);
+            return linear_block_of<Dot, Rows - 1>(n_rows, c, row, k, first_out, last_out, outs_ahead, sums, sums_stride);
         }
     }
-    linear_block<Dot, Rows>(c, row, k, first_out, last_out, is_first, sums);
+    linear_block<Dot, Rows>(c, row, k, first_out, last_out, outs_ahead, sums, sums_stride);
 }
 
 // One row of sums, with the bias, to where it belongs.
@@ -121,15 +121,15 @@ void linear_piece(const Linear& c, const LinearPiece& piece) {
         for (int64_t out = piece.first_out; out < piece.last_out; out += outs_per_tile) {
             const int64_t last = out + outs_per_tile < piece.last_out ? out + outs_per_tile : piece.last_out;
             for (int64_t k = 0; k < c.n_in; k += block) {
-                linear_block_of<Dot, MaxRows>(n_rows, c, piece.first_row, k, out, last, true,
-                                              sums + (out - piece.first_out));
+                linear_block_of<Dot, MaxRows>(n_rows, c, piece.first_row, k, out, last, outs_per_tile,
+                                              sums + (out - piece.first_out), linear_max_outs);
             }
         }
     } else {
         for (int64_t k = 0; k < c.n_in; k += block) {
             for (int64_t r = 0; r < n_rows; r += MaxRows) {
                 linear_block_of<Dot, MaxRows>(n_rows - r, c, piece.first_row + r, k, piece.first_out, piece.last_out,
-                                              r == 0, sums + r * linear_max_outs);
+                                              r == 0 ? outs_per_tile : 0, sums + r * linear_max_outs, linear_max_outs);
             }
         }
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from llmctl.ops import blocked_attention
+from llmctl.ops import blocked_attention, cached_attention
 from llmctl.ops.visibility import Visibility
 
 
@@ -24,6 +24,10 @@ def attention(
 
     `scale` None is 1 / sqrt(K). Every query must see at least one key.
     """
+    if not dropout and cached_attention.applies(q_BHTK, k_BGSK, v_BGSK):
+        return cached_attention.attention(
+            q_BHTK, k_BGSK, v_BGSK, visibility, scale=scale, softcap=softcap, bias_HTS=bias_HTS
+        )
     plain = scale is None and softcap is None and bias_HTS is None and not dropout
     starts_at_zero = visibility.causal and visibility.offset == 0 and visibility.end_BT is None
     if plain and starts_at_zero and blocked_attention.applies(q_BHTK, visibility.first_BT is not None):

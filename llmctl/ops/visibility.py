@@ -13,12 +13,15 @@ class Visibility:
 
     Query t of row b sees the keys s with `first_BT` <= s < `end_BT` (int64, each dimension may be 1), and with `causal`
     only those with s <= `offset` + t: `offset` counts the keys in front of the first query's own. None sets no limit.
+    `origin_B` (int64) says where the text of each row begins, behind its padding: nothing hangs on it but the order of
+    additions, which is then the same with any padding.
     """
 
     causal: bool = False
     offset: int = 0
     first_BT: torch.Tensor | None = None
     end_BT: torch.Tensor | None = None
+    origin_B: torch.Tensor | None = None
 
     def hides_nothing(self, n_queries: int) -> bool:
         """Whether every query sees every key; a single causal query is the last, and sees all before it."""

@@ -60,6 +60,10 @@ struct Avx2 {
         const Vec abcd = add(_mm256_castpd_ps(lower), _mm256_castpd_ps(upper));
         _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
     }
+    // x where y >= limit or is NaN, 0 elsewhere
+    static LLMCTL_INLINE Vec zero_below(Vec x, Vec y, Vec limit) {
+        return _mm256_and_ps(_mm256_cmp_ps(y, limit, _CMP_NLT_UQ), x);
+    }
     static LLMCTL_INLINE float highest(Vec x) {
         __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));

@@ -49,6 +49,10 @@ struct Avx512 {
         const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
         _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
     }
+    // x where y >= limit or is NaN, 0 elsewhere
+    static LLMCTL_INLINE Vec zero_below(Vec x, Vec y, Vec limit) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, limit, _CMP_NLT_UQ), x);
+    }
     static LLMCTL_INLINE float highest(Vec x) { return _mm512_reduce_max_ps(x); }
     static LLMCTL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

@@ -61,6 +61,10 @@ struct Scalar {
     static LLMCTL_INLINE void sums(const Vec x[4], float to[4]) {
         for (int i = 0; i < 4; ++i) to[i] = (x[i].lane[0] + x[i].lane[1]) + (x[i].lane[2] + x[i].lane[3]);
     }
+    // x where y >= limit or is NaN, 0 elsewhere
+    static LLMCTL_INLINE Vec zero_below(Vec x, Vec y, Vec limit) {
+        return each([&](int i) { return y.lane[i] < limit.lane[i] ? 0.0f : x.lane[i]; });
+    }
     static LLMCTL_INLINE float highest(Vec x) {
         const float a = x.lane[0] > x.lane[1] ? x.lane[0] : x.lane[1];
         const float b = x.lane[2] > x.lane[3] ? x.lane[2] : x.lane[3];

@@ -1,0 +1,134 @@
+// The C face of attention: checks, and pieces for the threads.
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <stdexcept>
+#include <vector>
+
+#include "boundary.h"
+#include "cpu/dtype.h"
+#include "cpu/kernels.h"
+#include "cpu/pool.h"
+
+namespace llmctl {
+namespace {
+
+// Cut into sections where whole tiles are fewer than this for each thread.
+constexpr int64_t tiles_per_thread = 4;
+
+int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+
+class Tiles {
+public:
+    explicit Tiles(const AttentionArgs& args)
+        : a_(args), rows_(args.queries * (args.heads / args.kv_heads)),
+          per_head_((rows_ + attention_max_rows - 1) / attention_max_rows) {}
+
+    int64_t count() const { return a_.batch * a_.kv_heads * per_head_; }
+
+    AttentionTile operator[](int64_t i) const {
+        const int64_t size = (rows_ + per_head_ - 1) / per_head_, first = i % per_head_ * size;
+        const int64_t head = i / per_head_;
+        return {head / a_.kv_heads, head % a_.kv_heads, first, std::clamp<int64_t>(rows_ - first, 0, size)};
+    }
+
+private:
+    const AttentionArgs& a_;
+    int64_t rows_, per_head_;
+};
+
+// The sections that hold keys which any row of the tile sees.
+KeyRange sections_of(const AttentionArgs& a, const AttentionTile& tile) {
+    const int64_t group = a.heads / a.kv_heads;
+    KeyRange all{a.keys, 0};
+    for (int64_t t = tile.first_row / group; t <= (tile.first_row + tile.n_rows - 1) / group; ++t) {
+        const KeyRange keys = visible_keys(a, tile.sequence, t);
+        all = {std::min(all.begin, keys.begin), std::max(all.end, keys.end)};
+    }
+    if (all.begin >= all.end) return {0, 0};
+    const int64_t origin = a.origins ? a.origins[tile.sequence] : 0;
+    return {floor_divide(all.begin - origin, attention_section),
+            floor_divide(all.end - 1 - origin, attention_section) + 1};
+}
+
+void clear(AttentionSums& sums) {
+    std::fill(std::begin(sums.highest), std::end(sums.highest), -INFINITY);
+    std::fill(std::begin(sums.total), std::end(sums.total), 0.0f);
+    std::fill(std::begin(sums.values), std::end(sums.values), 0.0f);
+}
+
+// One thread takes a tile through all its sections.
+void by_tiles(const AttentionArgs& args, const AttentionKernels& kernels, const Tiles& tiles) {
+    parallel_for(tiles.count(), [&](int64_t i) {
+        const AttentionTile tile = tiles[i];
+        if (tile.n_rows == 0) return;
+        AttentionSums sums, section;
+        clear(sums);
+        clear(section);
+        const KeyRange sections = sections_of(args, tile);
+        for (int64_t s = sections.begin; s < sections.end; ++s) {
+            kernels.section(args, tile, s, section);
+            kernels.add(args, tile, section, sums);
+        }
+        kernels.write(args, tile, sums);
+    });
+}
+
+// The threads share the sections of few tiles; they are added up in the same order as above.
+void by_sections(const AttentionArgs& args, const AttentionKernels& kernels, const Tiles& tiles) {
+    struct Piece {
+        int64_t tile, section;
+    };
+    std::vector<Piece> pieces;
+    for (int64_t i = 0; i < tiles.count(); ++i) {
+        const KeyRange sections = sections_of(args, tiles[i]);
+        for (int64_t s = sections.begin; s < sections.end; ++s) pieces.push_back({i, s});
+    }
+    std::vector<AttentionSums> parts(pieces.size());
+    const auto n_pieces = static_cast<int64_t>(pieces.size());
+    parallel_for(n_pieces, [&](int64_t p) {
+        kernels.section(args, tiles[pieces[p].tile], pieces[p].section, parts[p]);
+    });
+    AttentionSums sums;
+    for (int64_t i = 0, p = 0; i < tiles.count(); ++i) {
+        clear(sums);
+        for (; p < n_pieces && pieces[p].tile == i; ++p) kernels.add(args, tiles[i], parts[p], sums);
+        kernels.write(args, tiles[i], sums);
+    }
+}
+
+void check(const AttentionArgs& a) {
+    for (const int64_t size : {a.batch, a.heads, a.kv_heads, a.queries, a.keys, a.head_dim}) {
+        if (size < 0) throw std::invalid_argument("a size is below 0");
+    }
+    if (a.head_dim > attention_max_dim) throw std::invalid_argument("a head is too wide");
+    if (a.kv_heads == 0 || a.heads % a.kv_heads != 0) {
+        throw std::invalid_argument("the heads are no multiple of the kv heads");
+    }
+}
+
+}  // namespace
+
+KeyRange visible_keys(const AttentionArgs& a, int64_t sequence, int64_t query) {
+    const int64_t begin = a.first ? a.first[sequence * a.first_strides[0] + query * a.first_strides[1]] : 0;
+    int64_t end = a.end ? a.end[sequence * a.end_strides[0] + query * a.end_strides[1]] : a.keys;
+    if (a.causal_offset >= 0) end = std::min(end, a.causal_offset + query + 1);
+    return {std::max<int64_t>(begin, 0), std::min(end, a.keys)};
+}
+
+}  // namespace llmctl
+
+int llmctl_attention(int32_t dtype, const llmctl_attention_args* args) {
+    using namespace llmctl;
+    return guarded([&] {
+        check_dtype(dtype);
+        check(*args);
+        if (args->batch == 0 || args->queries == 0 || args->heads == 0 || args->head_dim == 0) return;
+        const AttentionKernels& chosen = dtype == LLMCTL_F32 ? kernels().attention_f32 : kernels().attention_bf16;
+        const Tiles tiles(*args);
+        const bool few = tiles.count() < tiles_per_thread * threads() && args->keys > attention_section;
+        few ? by_sections(*args, chosen, tiles) : by_tiles(*args, chosen, tiles);
+    });
+}

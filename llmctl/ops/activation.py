@@ -1,0 +1,54 @@
+"""Activations, alone and as the gate of another branch: for inference on a CPU one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from llmctl.ops import native
+from llmctl.ops.dispatch import DTYPES, inference_library, is_inference
+
+KINDS = ("silu", "gelu", "gelu_tanh", "relu")
+"""In the order of LLMCTL_SILU and following in csrc/llmctl.h."""
+
+_IN_TORCH = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def activate(kind: str, x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+    """activation(x) [* up]. For inference on a CPU it is rounded once, and an element does not depend on its place: torch's
+    own differ in the last bit between whole vectors and what is left over at the end of a tensor."""
+    if not is_inference(x, up) or (up is not None and up.shape != x.shape):
+        return reference(kind, x, up)
+    return _operator(kind, x, up) if torch.compiler.is_compiling() else _run(kind, x, up)
+
+
+def reference(kind: str, x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
+    """The specification, but for the rounding between the activation and the product."""
+    y = _IN_TORCH[kind](x)
+    return y if up is None else y * up
+
+
+def _run(kind: str, x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    library = inference_library()
+    if library is None:
+        return reference(kind, x, up)
+    x, up = x.contiguous(), None if up is None else up.contiguous()
+    out = torch.empty_like(x)
+    pointers = x.data_ptr(), None if up is None else up.data_ptr(), out.data_ptr()
+    native.call(library, "llmctl_activation", DTYPES[x.dtype], KINDS.index(kind), *pointers, x.numel())
+    return out
+
+
+@torch.library.custom_op("llmctl::activation", mutates_args=())
+def _operator(kind: str, x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    return _run(kind, x, up)
+
+
+@_operator.register_fake
+def _(kind, x, up):
+    return torch.empty_like(x)
