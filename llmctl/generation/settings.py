@@ -100,7 +100,7 @@ class Sampling:
         group="Beam search",
     )
     seed: int | None = _setting(
-        "The same seed gives the same text, in float32 at any batch size.",
+        "The same seed gives the same text, at any batch size.",
         "a random one",
         at_least=0,
         at_most=2**64 - 1,

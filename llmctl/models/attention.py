@@ -7,6 +7,7 @@ from torch import nn
 
 from llmctl.models import config, norm
 from llmctl.models.context import Context
+from llmctl.models.linear import Linear
 from llmctl.models.position import rotate
 from llmctl.ops.attention import attention, attention_weights
 
@@ -21,10 +22,10 @@ class Attention(nn.Module):
         super().__init__()
         self.spec, self.layer, self.rotary, self.dropout = spec, layer, rotary, dropout
         q_width, kv_width = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim
-        self.q_proj = nn.Linear(d_model, q_width, bias=spec.qkv_bias)
-        self.k_proj = nn.Linear(d_model, kv_width, bias=spec.qkv_bias)
-        self.v_proj = nn.Linear(d_model, kv_width, bias=spec.qkv_bias)
-        self.o_proj = nn.Linear(q_width, d_model, bias=spec.out_bias)
+        self.q_proj = Linear(d_model, q_width, bias=spec.qkv_bias)
+        self.k_proj = Linear(d_model, kv_width, bias=spec.qkv_bias)
+        self.v_proj = Linear(d_model, kv_width, bias=spec.qkv_bias)
+        self.o_proj = Linear(q_width, d_model, bias=spec.out_bias)
         per_head = spec.qk_norm_over == "head"
         self.q_norm = norm.build(spec.qk_norm, spec.head_dim if per_head else q_width)
         self.k_norm = norm.build(spec.qk_norm, spec.head_dim if per_head else kv_width)

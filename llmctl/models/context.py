@@ -105,11 +105,11 @@ class Context:
             recent_1T = (self.columns_T - window + 1).clamp(min=0)[None]
             first_BT = recent_1T if first_BT is None else torch.maximum(first_BT, recent_1T)
         if causal:
-            return Visibility(True, self.offset, first_BT)
+            return Visibility(True, self.offset, first_BT, origin_B=self.starts_B)
         end_BT = None if self._last_BT is None else self._last_BT + 1
         if self.ends_B is not None:
             end_BT = self.ends_B[:, None].expand(-1, self.length)
-        return Visibility(False, self.offset, first_BT, end_BT)
+        return Visibility(False, self.offset, first_BT, end_BT, self.starts_B)
 
 
 def padding_of(attention_mask_BT: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llmctl.models import config
+from llmctl.models.linear import Linear
+from llmctl.ops.activation import KINDS, activate
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+ACTIVATIONS = {kind: functools.partial(activate, kind) for kind in KINDS}
 
 
 class Mlp(nn.Module):
@@ -21,8 +19,8 @@ class Mlp(nn.Module):
 
     def __init__(self, spec: config.Mlp, d_model: int):
         super().__init__()
-        self.up_proj = nn.Linear(d_model, spec.d_ff, bias=spec.bias)
-        self.down_proj = nn.Linear(spec.d_ff, d_model, bias=spec.bias)
+        self.up_proj = Linear(d_model, spec.d_ff, bias=spec.bias)
+        self.down_proj = Linear(spec.d_ff, d_model, bias=spec.bias)
         self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -34,13 +32,13 @@ class GatedMlp(nn.Module):
 
     def __init__(self, spec: config.GatedMlp, d_model: int):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, spec.d_ff, bias=spec.bias)
-        self.up_proj = nn.Linear(d_model, spec.d_ff, bias=spec.bias)
-        self.down_proj = nn.Linear(spec.d_ff, d_model, bias=spec.bias)
+        self.gate_proj = Linear(d_model, spec.d_ff, bias=spec.bias)
+        self.up_proj = Linear(d_model, spec.d_ff, bias=spec.bias)
+        self.down_proj = Linear(spec.d_ff, d_model, bias=spec.bias)
         self.activation = ACTIVATIONS[spec.activation]
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        return self.down_proj(self.activation(self.gate_proj(x_BTD), self.up_proj(x_BTD)))
 
 
 class Moe(nn.Module):
@@ -49,7 +47,7 @@ class Moe(nn.Module):
     def __init__(self, spec: config.Moe, d_model: int):
         super().__init__()
         self.spec = spec
-        self.router = nn.Linear(d_model, spec.n_experts, bias=False)
+        self.router = Linear(d_model, spec.n_experts, bias=False)
         self.experts = nn.ModuleList(GatedMlp(spec.expert, d_model) for _ in range(spec.n_experts))
         self.routing: tuple[torch.Tensor, torch.Tensor] | None = None
         """In training, of the last forward: share of the tokens that each expert got, and its mean probability, [E]."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from llmctl.models import config, norm
 from llmctl.models.ffn import ACTIVATIONS
+from llmctl.models.linear import Linear
+from llmctl.ops.linear import linear
 
 
 class HeadTransform(nn.Module):
@@ -15,7 +16,7 @@ class HeadTransform(nn.Module):
 
     def __init__(self, spec: config.HeadTransform, d_model: int):
         super().__init__()
-        self.dense = nn.Linear(d_model, d_model)
+        self.dense = Linear(d_model, d_model)
         self.activation = ACTIVATIONS[spec.activation]
         self.norm = norm.build(spec.norm, d_model)
 
@@ -27,5 +28,5 @@ def logits(
     head: config.Head, x_BTD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
 ) -> torch.Tensor:
     """softcap(x @ weight.T + bias), [B, T, V]."""
-    logits_BTV = F.linear(x_BTD, weight_VD, bias_V)
+    logits_BTV = linear(x_BTD, weight_VD, bias_V)
     return logits_BTV if head.softcap is None else head.softcap * torch.tanh(logits_BTV / head.softcap)

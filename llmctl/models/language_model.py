@@ -8,6 +8,7 @@ from torch import nn
 from llmctl.errors import UserError
 from llmctl.models.config import ModelConfig
 from llmctl.models.head import HeadTransform, logits
+from llmctl.models.linear import Linear
 from llmctl.models.transformer import Stack, embedding
 
 
@@ -24,7 +25,7 @@ class LanguageModel(Stack):
         if head.transform:
             self.head_transform = HeadTransform(head.transform, config.d_model)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=head.bias is True)
+            self.lm_head = Linear(config.d_model, config.vocab_size, bias=head.bias is True)
         elif head.bias is True:
             self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
         if head.bias == "fixed":

@@ -7,6 +7,7 @@ from torch import nn
 
 from llmctl.models import config
 from llmctl.models.context import Context
+from llmctl.models.linear import Linear
 from llmctl.ops.attention import attention
 from llmctl.ops.local_attention import GlobalTokens, local_attention, local_mask
 from llmctl.ops.visibility import Visibility
@@ -21,9 +22,9 @@ class LocalAttention(nn.Module):
         super().__init__()
         self.spec, self.layer, self.dropout = spec, layer, dropout
         width = spec.n_heads * spec.head_dim
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, width) for _ in range(3))
-        self.global_q_proj, self.global_k_proj, self.global_v_proj = (nn.Linear(d_model, width) for _ in range(3))
-        self.o_proj = nn.Linear(width, d_model)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(d_model, width) for _ in range(3))
+        self.global_q_proj, self.global_k_proj, self.global_v_proj = (Linear(d_model, width) for _ in range(3))
+        self.o_proj = Linear(width, d_model)
 
     def forward(self, x_BTD: torch.Tensor, context: Context) -> torch.Tensor:
         q_BHTK, k_BHTK, v_BHTK = (self._heads(proj(x_BTD)) for proj in (self.q_proj, self.k_proj, self.v_proj))

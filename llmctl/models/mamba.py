@@ -10,6 +10,8 @@ from llmctl.models import config_recurrent
 from llmctl.models.causal_conv import CausalConv, draw_step_sizes
 from llmctl.models.context import Context
 from llmctl.models.ffn import ACTIVATIONS
+from llmctl.models.linear import Linear
+from llmctl.ops.linear import linear
 from llmctl.ops.selective_scan import selective_scan
 
 
@@ -19,13 +21,13 @@ class Mamba(nn.Module):
     def __init__(self, spec: config_recurrent.Mamba, d_model: int, layer: int, *_: object):
         super().__init__()
         self.spec, self.layer, self.activation = spec, layer, ACTIVATIONS[spec.activation]
-        self.in_proj = nn.Linear(d_model, 2 * spec.d_inner, bias=spec.bias)
+        self.in_proj = Linear(d_model, 2 * spec.d_inner, bias=spec.bias)
         self.conv1d = CausalConv(spec.d_inner, spec.conv_width, spec.conv_bias)
-        self.x_proj = nn.Linear(spec.d_inner, spec.dt_rank + 2 * spec.d_state, bias=False)
-        self.dt_proj = nn.Linear(spec.dt_rank, spec.d_inner)
+        self.x_proj = Linear(spec.d_inner, spec.dt_rank + 2 * spec.d_state, bias=False)
+        self.dt_proj = Linear(spec.dt_rank, spec.d_inner)
         self.A_log = nn.Parameter(torch.empty(spec.d_inner, spec.d_state))
         self.D = nn.Parameter(torch.empty(spec.d_inner))
-        self.out_proj = nn.Linear(spec.d_inner, d_model, bias=spec.bias)
+        self.out_proj = Linear(spec.d_inner, d_model, bias=spec.bias)
 
     def forward(self, x_BTD: torch.Tensor, context: Context) -> torch.Tensor:
         x_BTI, z_BTI = self.in_proj(x_BTD).chunk(2, -1)
@@ -35,7 +37,7 @@ class Mamba(nn.Module):
         x_BTI, window_BWI = self.conv1d(x_BTI, positions_BT, window_BWI)
         x_BTI = self.activation(x_BTI).to(z_BTI.dtype)
         dt_BTR, b_BTN, c_BTN = self.x_proj(x_BTI).split([self.spec.dt_rank, *[self.spec.d_state] * 2], -1)
-        dt_BTI = F.linear(dt_BTR, self.dt_proj.weight).float() + self.dt_proj.bias.float()
+        dt_BTI = linear(dt_BTR, self.dt_proj.weight).float() + self.dt_proj.bias.float()
         y_BTI, state_BNI = selective_scan(
             x_BTI.float(),
             F.softplus(dt_BTI),

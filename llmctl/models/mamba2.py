@@ -10,6 +10,7 @@ from llmctl.models import config_recurrent
 from llmctl.models.causal_conv import CausalConv, draw_step_sizes
 from llmctl.models.context import Context
 from llmctl.models.ffn import ACTIVATIONS
+from llmctl.models.linear import Linear
 from llmctl.ops.ssd import chunked_scan
 
 
@@ -33,13 +34,13 @@ class Mamba2(nn.Module):
     def __init__(self, spec: config_recurrent.Mamba2, d_model: int, layer: int, *_: object):
         super().__init__()
         self.spec, self.layer, self.activation = spec, layer, ACTIVATIONS[spec.activation]
-        self.in_proj = nn.Linear(d_model, spec.d_inner + spec.conv_channels + spec.n_heads, bias=spec.bias)
+        self.in_proj = Linear(d_model, spec.d_inner + spec.conv_channels + spec.n_heads, bias=spec.bias)
         self.conv1d = CausalConv(spec.conv_channels, spec.conv_width, spec.conv_bias)
         self.dt_bias = nn.Parameter(torch.empty(spec.n_heads))
         self.A_log = nn.Parameter(torch.empty(spec.n_heads))
         self.D = nn.Parameter(torch.empty(spec.n_heads))
         self.norm = GatedRMSNorm(spec.d_inner, spec.n_groups, spec.norm_eps)
-        self.out_proj = nn.Linear(spec.d_inner, d_model, bias=spec.bias)
+        self.out_proj = Linear(spec.d_inner, d_model, bias=spec.bias)
 
     def forward(self, x_BTD: torch.Tensor, context: Context) -> torch.Tensor:
         spec = self.spec
