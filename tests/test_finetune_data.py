@@ -637,3 +637,5 @@ def test_inspect_data_errors(llmctl, tmp_path, model):
     wrong = llmctl("inspect-data", "a.jsonl", "--model", model, "--columns", "promt=question", code=2)
     assert "did you mean prompt" in wrong.stderr
     assert "no known form" not in llmctl("inspect-data", "a.jsonl", "--model", model).stderr
+    nothing = llmctl("inspect-data", "a.jsonl", "--model", model, "--objective", "dpo", code=1)
+    assert "a.jsonl: no example in 1 rows" in nothing.stderr and "needs chosen + rejected" in nothing.stderr

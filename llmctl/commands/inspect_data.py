@@ -13,6 +13,15 @@ from llmctl.errors import CalledWrongly
 from llmctl.finetune.data.settings import FormSettings
 
 _BAR = 40
+_IN_WORDS = {
+    "bad": "rows that cannot be used",
+    "untrained": "without a learned token",
+    "long": "longer than the limit",
+    "ties": "an answer preferred to itself",
+    "torn": "a token across prompt and answer",
+    "learned": "learned tokens",
+    "limit": "limit (--seq-len)",
+}
 
 
 @options.command(
@@ -81,12 +90,9 @@ def _painted(text):
 
 def _print_summary(record):
     lengths = record["lengths"]
-    shown = {
-        **record,
-        **{f"{name} example": lengths[name] for name in ("shortest", "median", "longest") if name in lengths},
-    }
-    rows = [[name, value] for name, value in shown.items() if isinstance(value, (int, float, str)) and name != "kind"]
-    ui.table("data", ["", ""], rows)
+    of_lengths = {f"{name} example": lengths[name] for name in ("shortest", "median", "longest") if name in lengths}
+    facts = [(key, value) for key, value in {**record, **of_lengths}.items() if isinstance(value, (int, float, str))]
+    ui.table("data", ["", ""], [[_IN_WORDS.get(key, key), value] for key, value in facts if key != "kind"])
     most = max([n for _, _, n in lengths["histogram"]], default=1)
     bars = [[f"{a}-{b}", n, "█" * -(-n * _BAR // most)] for a, b, n in lengths["histogram"]]
     ui.table("tokens per example", ["tokens", "examples", ""], bars)

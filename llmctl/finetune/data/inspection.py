@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llmctl.data.inputs import find_inputs
+from llmctl.errors import UserError
 from llmctl.finetune.data.encoding import Tokens
 from llmctl.finetune.data.examples import Counts, Example, ExampleReader
 from llmctl.finetune.data.prepare import choose_objective
@@ -29,7 +30,7 @@ def inspect_data(
     """A record "example" for each of the first `n_shown`, and a record "summary" of all rows; "kind" tells which.
 
     What would end training, such as a row that does not parse, is counted; the summary names the first few. Raises
-    `UserError` for a file that cannot be read at all.
+    `UserError` for a file that cannot be read at all and, after the summary, where there is no example.
     """
     rows = [read_rows(source) for source in find_inputs([source.path for source in sources])]
     objective, rows[0] = choose_objective(rows[0], settings)
@@ -56,6 +57,9 @@ def inspect_data(
         "labels": dict(labels.most_common(_MOST_LABELS)),
         "problems": [problem for each in counts for problem in each.problems],
     }
+    if not lengths:
+        names = ", ".join(source.path for source in sources)
+        raise UserError(f"{names}: no example in {sum(each.rows for each in counts)} rows")
 
 
 def _total(counts: Sequence[Counts]) -> dict[str, Any]:
