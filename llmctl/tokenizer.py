@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 class Tokenizer:
     """A tokenizer.json together with the tokenizer_config.json beside it.
 
-    `json` is the file's text as it was read and `sha256` its digest; `config` names the special tokens in full, so
-    that `Tokenizer.from_json(t.json, t.config)` equals `t`. `vocab_size` is the highest id plus one, added tokens
-    included. `bos_id`, `eos_id`, `unk_id`, `sep_id`, `pad_id`, `cls_id` and `mask_id` are None where the tokenizer has no
-    such token, and `special_ids` holds those and all other special ones. `adds_bos` says whether `encode` puts BOS in
-    front by itself. `document_edges` are the ids in front of and behind every document of
+    `json` is the file's text as it was read, or was made of older files, and `sha256` its digest; `config` names the
+    special tokens in full, so that `Tokenizer.from_json(t.json, t.config)` equals `t`. `vocab_size` is the highest id plus
+    one, added tokens included. `bos_id`, `eos_id`, `unk_id`, `sep_id`, `pad_id`, `cls_id` and `mask_id` are None where the
+    tokenizer has no such token, and `special_ids` holds those and all other special ones. `adds_bos` says whether
+    `encode` puts BOS in front by itself. `document_edges` are the ids in front of and behind every document of
     `encode_documents`.
     """
 

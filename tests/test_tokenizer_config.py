@@ -59,6 +59,17 @@ def test_an_encoder_without_a_configuration(in_transformers):
     assert in_transformers(ours).mask_token_id == 259
 
 
+def test_edges_of_a_vocabulary_without_letters():
+    spec = json.loads(bytes_with(["<s>", "</s>"], post_processor=around(["<s>"], ["</s>"])))
+    model = {"type": "WordLevel", "vocab": {"0": 0, "1": 1, "[UNK]": 2}, "unk_token": "none"}
+    tokens = [{"id": 3 + i, "content": text, **FLAGS} for i, text in enumerate(["<s>", "</s>"])]
+    processor = json.loads(json.dumps(spec["post_processor"]).replace("257", "3").replace("258", "4"))
+    parts = {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}}
+    changes = {"model": model, "added_tokens": tokens, "post_processor": processor, "decoder": None, **parts}
+    tokenizer = Tokenizer(json.dumps(spec | changes), NAMES)
+    assert tokenizer.document_edges == ([3], [4]) and tokenizer.encode("01") == [3, 0, 1, 4]
+
+
 @pytest.mark.parametrize("edges", [(["<s>"], ["</s>"]), ([], ["</s>"])])
 def test_eos_never_stands_twice(edges):
     ours = Tokenizer(bytes_with(["<s>", "</s>"], post_processor=around(*edges)), NAMES)

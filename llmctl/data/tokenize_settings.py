@@ -12,7 +12,8 @@ class TokenizeSettings:
     tokenizer: str | None = dataclasses.field(
         default=None,
         metadata={
-            "help": 'A tokenizer.json, a checkpoint, or "bytes"; without it a byte-level BPE is trained on the input.',
+            "help": "A tokenizer's file (tokenizer.json, vocab.json, vocab.txt, .model, .tiktoken), a checkpoint, or the word "
+            "bytes; without it a byte-level BPE is trained on the input.",
             "metavar": "PATH|bytes",
         },
     )

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import tokenizers
+from tokenizers.models import WordLevel
 
 log = logging.getLogger("llmctl")
 
 
 def template_ids(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that the post-processor puts before and behind a text."""
-    encoding = tokenizer.encode("a")
-    mask = encoding.special_tokens_mask
-    own = [position for position, added in enumerate(mask) if not added]
-    if own:
-        return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
-    return encoding.ids, []
+    for text in _probes(tokenizer):
+        encoding = tokenizer.encode(text)
+        own = [position for position, is_special in enumerate(encoding.special_tokens_mask) if not is_special]
+        if own:
+            return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]
+    return [], []
+
+
+def _probes(tokenizer: tokenizers.Tokenizer) -> Iterator[str]:
+    """Texts of which one should have a token: a letter, else some tokens themselves."""
+    if not isinstance(tokenizer.model, WordLevel):  # which fails where it knows neither the word nor an unknown one
+        yield "a"
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    yield from islice((token for token in tokenizer.get_vocab(with_added_tokens=False) if token not in added), 64)
 
 
 def template(
