@@ -61,13 +61,13 @@ def test_an_encoder_without_a_configuration(in_transformers):
 
 def test_edges_of_a_vocabulary_without_letters():
     spec = json.loads(bytes_with(["<s>", "</s>"], post_processor=around(["<s>"], ["</s>"])))
-    model = {"type": "WordLevel", "vocab": {"0": 0, "1": 1, "[UNK]": 2}, "unk_token": "none"}
-    tokens = [{"id": 3 + i, "content": text, **FLAGS} for i, text in enumerate(["<s>", "</s>"])]
-    processor = json.loads(json.dumps(spec["post_processor"]).replace("257", "3").replace("258", "4"))
+    model = {"type": "WordLevel", "vocab": {"0": 0, "1": 1}, "unk_token": "none"}
+    tokens = [{"id": 2 + i, "content": text, **FLAGS} for i, text in enumerate(["<s>", "</s>"])]
+    processor = json.loads(json.dumps(spec["post_processor"]).replace("257", "2").replace("258", "3"))
     parts = {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Isolated", "invert": False}}
     changes = {"model": model, "added_tokens": tokens, "post_processor": processor, "decoder": None, **parts}
     tokenizer = Tokenizer(json.dumps(spec | changes), NAMES)
-    assert tokenizer.document_edges == ([3], [4]) and tokenizer.encode("01") == [3, 0, 1, 4]
+    assert tokenizer.document_edges == ([2], [3]) and tokenizer.encode("01") == [2, 0, 1, 3]
 
 
 @pytest.mark.parametrize("edges", [(["<s>"], ["</s>"]), ([], ["</s>"])])
