@@ -137,6 +137,12 @@ MORE = {
         tie_word_embeddings=False,
         attention_bias=True,
     ),
+    "gpt2-scaled-by-layer": transformers.GPT2Config(
+        vocab_size=V, n_positions=CONTEXT, n_embd=32, n_layer=3, n_head=4, scale_attn_by_inverse_layer_idx=True
+    ),
+    "gpt2-unscaled": transformers.GPT2Config(
+        vocab_size=V, n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=2, scale_attn_weights=False
+    ),
     "gpt2-untied": transformers.GPT2Config(
         vocab_size=V, n_positions=CONTEXT, n_embd=36, n_layer=2, n_head=3, n_inner=50, tie_word_embeddings=False
     ),

@@ -9,7 +9,6 @@ import math
 
 import torch
 
-from llmctl.errors import UserError
 from llmctl.models.config import ModelConfig, Rope
 
 
@@ -29,16 +28,11 @@ def frequencies(rope: Rope, dims: int, lengths: torch.Tensor | None = None) -> t
     """Radians per position, float32 [dims / 2]: theta^(-2i/dims), rescaled as the rope's `scaling` says.
 
     Where the rule heeds it, `lengths` [...] of the texts so far give [..., dims / 2].
-    Raises UserError for a rope_type that llmctl does not have.
     """
     if rope.scaling is None:
         return _plain(rope.theta, dims)
-    name = rope.scaling["rope_type"]
-    if name not in _RULES:
-        raise UserError(f"rope_type {name!r} is not supported", f"supported: default, {', '.join(_RULES)}")
-    if heeds_length(rope):
-        return _RULES[name](rope, dims, lengths)
-    return _RULES[name](rope, dims)
+    rule = _RULES[rope.scaling["rope_type"]]
+    return rule(rope, dims, lengths) if heeds_length(rope) else rule(rope, dims)
 
 
 def magnitude(rope: Rope) -> float:

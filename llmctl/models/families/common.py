@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmctl.models.config import Activation
+from llmctl.models.config import Activation, Block
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -41,3 +42,11 @@ class Row:
 
 def row(theirs: str, *ours: str, change: str = "rename", beside: str | None = None, without: str | None = None) -> Row:
     return Row(theirs, ours, change, beside, without)
+
+
+def shortest(blocks: Sequence[Block]) -> tuple[Block, ...]:
+    """The fewest blocks that, repeated, give the same stack."""
+    for length in range(1, len(blocks)):
+        if all(block == blocks[i % length] for i, block in enumerate(blocks)):
+            return tuple(blocks[:length])
+    return tuple(blocks)

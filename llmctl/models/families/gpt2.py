@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmctl.models.config import Attention, Block, LearnedPositions, Mlp, ModelConfig, Norm
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, row, usual_heads
+from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, row, shortest, usual_heads
 
 MODEL_TYPES = ("gpt2",)
 
@@ -12,10 +12,10 @@ def config_from_hf(hf: dict) -> ModelConfig:
     d_model, n_heads = hf["n_embd"], hf["n_head"]
     norm = Norm("layer", hf.get("layer_norm_epsilon", 1e-5))
     activation = ACTIVATIONS[hf.get("activation_function", "gelu_new")]
-    block = Block(
-        mixer=Attention(n_heads, n_heads, d_model // n_heads, qkv_bias=True, out_bias=True),
-        ffn=Mlp(hf.get("n_inner") or 4 * d_model, activation),
-        norm=norm,
+    ffn = Mlp(hf.get("n_inner") or 4 * d_model, activation)
+    mixers = (
+        Attention(n_heads, n_heads, d_model // n_heads, qkv_bias=True, out_bias=True, scale=scale)
+        for scale in _scales(hf, d_model // n_heads)
     )
     return ModelConfig(
         family="gpt2",
@@ -23,13 +23,21 @@ def config_from_hf(hf: dict) -> ModelConfig:
         d_model=d_model,
         n_layers=hf["n_layer"],
         max_positions=hf.get("n_positions", 1024),
-        blocks=(block,),
+        blocks=shortest([Block(mixer, ffn, norm) for mixer in mixers]),
         positions=LearnedPositions(),
         final_norm=norm,
         tie_embeddings=hf.get("tie_word_embeddings", True),
         initializer_range=hf.get("initializer_range", 0.02),
         hf=hf,
     )
+
+
+def _scales(hf: dict, head_dim: int) -> list[float | None]:
+    """Of each layer's scores; two keys, seldom used, change it."""
+    scale = None if hf.get("scale_attn_weights", True) else 1.0
+    if not hf.get("scale_attn_by_inverse_layer_idx"):
+        return [scale] * hf["n_layer"]
+    return [(scale or head_dim**-0.5) / (layer + 1) for layer in range(hf["n_layer"])]
 
 
 def config_to_hf(config: ModelConfig) -> dict:
@@ -46,6 +54,8 @@ def config_to_hf(config: ModelConfig) -> dict:
         "n_ctx": config.max_positions,
         "activation_function": HF_ACTIVATIONS[ffn.activation],
         "layer_norm_epsilon": config.final_norm.eps,
+        "scale_attn_weights": mixer.scale != 1.0,
+        "scale_attn_by_inverse_layer_idx": len(config.blocks) > 1,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.initializer_range,
     }

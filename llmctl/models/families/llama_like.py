@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmctl.models.config import Attention, Block, GatedMlp, ModelConfig, Norm
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row
+from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row, shortest
 from llmctl.models.families.rope import context_from_hf, context_to_hf, rope_from_hf, rope_to_hf
 
 IGNORABLE = (r"rotary_emb\.inv_freq$",)
@@ -58,7 +58,7 @@ def model(family: str, hf: dict, blocks: Sequence[Block], **changes: Any) -> Mod
         vocab_size=hf["vocab_size"],
         d_model=hf["hidden_size"],
         n_layers=hf["num_hidden_layers"],
-        blocks=_shortest(blocks),
+        blocks=shortest(blocks),
         hf=hf,
         **{**usual, **changes},
     )
@@ -148,11 +148,3 @@ def expert_weights(router: str, expert: str, names: Sequence[str]) -> tuple[Row,
             for name, our in zip(names, ours)
         ),
     )
-
-
-def _shortest(blocks: Sequence[Block]) -> tuple[Block, ...]:
-    """The fewest blocks that, repeated, give the same stack."""
-    for length in range(1, len(blocks)):
-        if all(block == blocks[i % length] for i, block in enumerate(blocks)):
-            return tuple(blocks[:length])
-    return tuple(blocks)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+from llmctl.errors import UserError
 from llmctl.models.config import Rope
 
+_KINDS = ("linear", "dynamic", "yarn", "longrope", "llama3")
 _GROWS_WITH_FACTOR = ("linear", "dynamic")
 """Kinds whose `max_position_embeddings` is the length of training, which `factor` multiplies (as vllm reads it too)."""
 
@@ -17,7 +19,10 @@ def rope_from_hf(hf: dict, head_dim: int) -> Rope:
 
 
 def rope_of(settings: dict, hf: dict, head_dim: int) -> Rope:
-    """The same of one dictionary that has its `rope_theta`; models of several ropes have several."""
+    """The same of one dictionary that has its `rope_theta`; models of several ropes have several.
+
+    Raises UserError for a kind of scaling that llmctl does not have.
+    """
     settings = {"rope_type": settings.get("type", "default"), **settings}
     settings.pop("type", None)
     theta = settings.pop("rope_theta")
@@ -26,6 +31,8 @@ def rope_of(settings: dict, hf: dict, head_dim: int) -> Rope:
     kind = settings["rope_type"]
     if kind == "default":
         return Rope(theta, dims=dims)
+    if kind not in _KINDS:
+        raise UserError(f"rope_type {kind!r} is not supported", f"supported: default, {', '.join(_KINDS)}")
     longest = hf.get("max_position_embeddings")
     original = hf.get("original_max_position_embeddings") or settings.get("original_max_position_embeddings") or longest
     settings["original_max_position_embeddings"] = longest if kind in _GROWS_WITH_FACTOR else original
