@@ -183,6 +183,11 @@ def given(name: str) -> bool:
     return source not in (None, click.core.ParameterSource.DEFAULT)
 
 
+def given_fields(settings) -> frozenset[str]:
+    """The fields of a settings object that were set by anyone, rather than left at their defaults."""
+    return frozenset(field.name for field in dataclasses.fields(settings) if given(field.name))
+
+
 def _field_option(field, hint):
     metadata = field.metadata
     value_type, multiple = _value_type(hint, metadata)

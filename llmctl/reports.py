@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from llmctl import ui
 from llmctl.errors import CalledWrongly
 from llmctl.quantities import format_count, format_duration, format_size
 from llmctl.train.events import Event, Finished, Planned, Saved, Started, Trained, Validated
+
+if TYPE_CHECKING:
+    from llmctl.train.run import Run
 
 
 class Reports:
@@ -48,6 +52,17 @@ class Reports:
             self._is_heard = False
 
 
+def show_run(run: Run) -> None:
+    """Run it to its end and print the path of what it made; or, of a dry run, the table of what it would take."""
+    if run.settings.dry_run:
+        ui.table("dry run", ["", ""], _dry_run_rows(run.dry_run()))
+        return
+    with Reports(run.settings.log, run.directory.path) as reports:
+        for event in run.run():
+            reports.show(event)
+    ui.print_data(str(run.directory.path))
+
+
 def line(event: Event) -> str:
     """One line for a person."""
     match event:
@@ -71,14 +86,15 @@ def line(event: Event) -> str:
             )
         case Validated():
             bits = "" if event.bits_per_byte is None else f", {event.bits_per_byte:.4f} bits per byte"
-            return f"step {event.step}  validation {event.loss:.4f} nats per {event.unit}{bits}"
+            right = "" if event.accuracy is None else f", {event.accuracy:.1%} right"
+            return f"step {event.step}  validation {event.loss:.4f} nats per {event.unit}{bits}{right}"
         case Saved():
             return f"step {event.step}  saved {event.path}"
         case Finished():
             return f"finished {event.step} steps in {format_duration(event.seconds)}: {event.path}"
 
 
-def dry_run_rows(found: dict) -> list[list[str]]:
+def _dry_run_rows(found: dict) -> list[list[str]]:
     """The rows of a table for what `Pretraining.dry_run` found."""
     return [
         ["shape", found["shape"]],
@@ -94,7 +110,7 @@ def dry_run_rows(found: dict) -> list[list[str]]:
 
 def _numbers(event: Trained | Validated) -> dict[str, float]:
     if isinstance(event, Validated):
-        named = {"validation/loss": event.loss, "validation/bits_per_byte": event.bits_per_byte}
+        named = {f"validation/{name}": getattr(event, name) for name in ("loss", "bits_per_byte", "accuracy")}
         return {name: value for name, value in named.items() if value is not None}
     kept = ("loss", "balance_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "tokens")
     named = {f"train/{name}": getattr(event, name) for name in kept}

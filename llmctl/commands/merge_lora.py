@@ -11,6 +11,7 @@ EXAMPLES = """
 llmctl merge-lora runs/base runs/lora -o runs/merged
 llmctl merge-lora runs/base runs/code runs/math --weights 0.6,0.4 --method ties -o runs/both
 llmctl merge-lora runs/merged runs/lora --unmerge -o runs/base-again
+llmctl finetune runs/base chats.jsonl -o runs/lora | llmctl merge-lora runs/base - -o runs/merged
 """
 
 

@@ -29,19 +29,10 @@ def command(tokens_files, output, settings):
     input. The output is a Hugging Face checkpoint, and its path is printed when it is complete. With no flags at all
     a model that suits the corpus is trained for ten minutes into runs/pretrain.
     """
-    import dataclasses
-
-    from llmctl import ui
     from llmctl.pretrain.task import pretraining
-    from llmctl.reports import Reports, dry_run_rows
+    from llmctl.reports import show_run
 
     began = time.monotonic()
-    given = frozenset(field.name for field in dataclasses.fields(settings) if options.given(field.name))
+    given = options.given_fields(settings)
     with pretraining(settings, tokens_files, output or "runs/pretrain", given, began) as run:
-        if settings.dry_run:
-            ui.table("dry run", ["", ""], dry_run_rows(run.dry_run()))
-            return
-        with Reports(run.settings.log, run.directory.path) as reports:
-            for event in run.run():
-                reports.show(event)
-        ui.print_data(str(run.directory.path))
+        show_run(run)

@@ -54,13 +54,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Validated:
-    """`loss` in nats per `unit` over all held-out ones; bits per byte where the rows know their bytes."""
+    """`loss` in nats per `unit` over all held-out ones; bits per byte where the rows know their bytes; `accuracy` where the
+    objective knows right from wrong."""
 
     step: int
     loss: float
     bits_per_byte: float | None
     seconds: float
     unit: str = "token"
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
     OUT/metrics.jsonl                                        one line per report
     OUT/llmctl.json                                          lineage: the run is finished
     OUT/trainer/plan.json                                    resolved flags, shape and length: written before the first step
-    OUT/trainer/data.arrow                                   the token stream, when it came through a pipe
+    OUT/trainer/data                                         the piped token stream, or the prepared examples
     OUT/trainer/step-N/                                      weights, optimizer state and counters of the latest saves
     OUT/trainer/lock                                         held by the process that trains here
 
@@ -34,7 +34,7 @@ class RunDirectory:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path).absolute()
         self.trainer = self.path / "trainer"
-        self._data, self._incoming = self.trainer / "data.arrow", self.trainer / "incoming.arrow"
+        self._data, self._incoming = self.trainer / "data", self.trainer / "incoming"
         self._plan_file = self.trainer / "plan.json"
         self._lock_file = self.trainer / "lock"
         self._metrics_file = self.path / "metrics.jsonl"
@@ -81,7 +81,7 @@ class RunDirectory:
             self.release()
             raise UserError(f"{self.path}: another process is training here", "wait for it, or stop it") from error
         for abandoned in self.trainer.glob(".*.partial-*"):
-            shutil.rmtree(abandoned) if abandoned.is_dir() else abandoned.unlink()
+            _remove(abandoned)
 
     def release(self) -> None:
         if self._lock is not None:
@@ -90,7 +90,7 @@ class RunDirectory:
 
     @property
     def spool(self) -> Path:
-        """Where this run's piped tokens lie, or will lie until the plan is made."""
+        """Where the data that this run must keep lie, or will lie until the plan is made: a file or a directory."""
         return self._data if self._plan_file.exists() and self._data.exists() else self._incoming
 
     def begin(self, plan: Mapping[str, Any]) -> None:
@@ -98,7 +98,7 @@ class RunDirectory:
         kept = (self._lock_file, self._incoming, self._plan_file)
         for entry in [*self.trainer.iterdir(), *self.path.iterdir()]:
             if entry not in kept and entry != self.trainer:
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+                _remove(entry)
         self.write_plan(plan)
         if self._incoming.exists():
             os.replace(self._incoming, self._data)
@@ -108,8 +108,8 @@ class RunDirectory:
         if self._lock is None:
             return
         self.release()
-        for file in (self._incoming, self._lock_file):
-            file.unlink(missing_ok=True)
+        for entry in (self._incoming, self._lock_file):
+            _remove(entry)
         with contextlib.suppress(OSError):  # they are not empty: there is an earlier run
             self.trainer.rmdir()
             self.path.rmdir()
@@ -183,3 +183,10 @@ class RunDirectory:
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         with open(self._metrics_file, "a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)

@@ -27,15 +27,20 @@ def write(trainer: Trainer, tokenizer: Tokenizer, directory: Path | None) -> Non
     """
     model = trainer.objective.model
     directory = distributed.from_first(directory)
+    write_optimizer(trainer, directory)
+    tensors = {name: distributed.whole_on_first(tensor) for name, tensor in stored_tensors(model).items()}
+    distributed.on_first(write_model, model.config, tensors, tokenizer, directory)
+
+
+def write_optimizer(trainer: Trainer, directory: Path) -> None:
+    """The optimizers' state alone, where there is room for the parameters too; each process writes its part."""
     optimizer = optimizer_tensors(trainer)
-    n_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *optimizer.values()])
+    n_bytes = sum(tensor.nbytes for tensor in [*trainer.objective.model.parameters(), *optimizer.values()])
     distributed.on_first(checkpoint.check_free_space, directory, n_bytes)
     if distributed.world_size() > 1:
         _save_sharded(optimizer, directory / _SHARDED)
     else:
         checkpoint.save_tensors(directory, optimizer, stem="optimizer")
-    tensors = {name: distributed.whole_on_first(tensor) for name, tensor in stored_tensors(model).items()}
-    distributed.on_first(write_model, model.config, tensors, tokenizer, directory)
 
 
 def write_model(config, tensors: dict[str, torch.Tensor], tokenizer: Tokenizer, directory: Path) -> None:
@@ -51,13 +56,17 @@ def write_model(config, tensors: dict[str, torch.Tensor], tokenizer: Tokenizer, 
 def load(trainer: Trainer, directory: Path) -> None:
     """Put the state of `write` back, on any number of processes."""
     load_weights(trainer.objective.model, directory)
+    load_optimizer(trainer, directory)
+
+
+def load_optimizer(trainer: Trainer, directory: Path) -> None:
     stored = optimizer_tensors(trainer, empty=True)
     if (directory / _SHARDED).exists():
         _load_sharded(stored, directory / _SHARDED)
     else:
         files = checkpoint.open_tensors(directory, stem="optimizer")
         for name, tensor in stored.items():
-            _copy_into(tensor, files.get(name))
+            copy_into(tensor, files.get(name))
 
 
 def load_weights(model, directory: str | Path) -> None:
@@ -67,7 +76,7 @@ def load_weights(model, directory: str | Path) -> None:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     family = families.find(model.config.family)
     for name, tensor in weights.load_tensors(family, shapes, files.keys(), files.get, optional=buffers):
-        _copy_into(tensors[name], tensor)
+        copy_into(tensors[name], tensor)
 
 
 def optimizer_tensors(trainer: Trainer, empty: bool = False) -> dict[str, torch.Tensor]:
@@ -92,7 +101,8 @@ def _first_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> d
 
 
 @torch.no_grad()
-def _copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
+def copy_into(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Fill a parameter or state tensor, of which this process may hold a shard, from the whole value."""
     if hasattr(target, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
 

@@ -70,7 +70,7 @@ class Stepping:
             if trainer.step_number == trainer.total_steps:
                 return
             # in front of the step, so that a run resumed here does it too
-            if trainer.step_number and validate.due(trainer.step_number):
+            if validate.due(trainer.step_number) if trainer.step_number else self.task.validates_first:
                 yield from self._validate(stop)
             self.meter.add(*self.timed_step())
             is_last = trainer.step_number == trainer.total_steps
@@ -86,7 +86,9 @@ class Stepping:
         yield from self.save()
         metrics = {"step": step, "tokens": step * self.plan.tokens_per_step}
         for validated in self._validate(stop):
-            metrics |= {"validation_loss": validated.loss, "validation_bits_per_byte": validated.bits_per_byte}
+            metrics |= {
+                f"validation_{name}": getattr(validated, name) for name in ("loss", "bits_per_byte", "accuracy")
+            }
             yield validated
         distributed.on_first(self._write_lineage, metrics)
         yield Finished(step, str(self._directory.path), self._elapsed())
@@ -144,7 +146,7 @@ class Stepping:
         if self.feed.val is None:
             return
         started = time.perf_counter()
-        nats, n_scored = self.trainer.validate(_until(stop, self.feed.validation_batches()))
+        nats, n_scored, n_right = self.trainer.validate(_until(stop, self.feed.validation_batches()))
         if not n_scored:
             return
         n_bytes = self.feed.val.n_bytes
@@ -155,6 +157,7 @@ class Stepping:
                 bits_per_byte=nats / math.log(2) / n_bytes if n_bytes else None,
                 seconds=time.perf_counter() - started,
                 unit=self.feed.val.unit,
+                accuracy=None if n_right is None else n_right / n_scored,
             )
         )
 

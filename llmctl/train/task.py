@@ -30,6 +30,8 @@ class Task(ABC):
     name: ClassVar[str]
     """Of the command, for the lineage."""
     plan_type: ClassVar[type[Plan]] = Plan
+    validates_first: ClassVar[bool] = False
+    """Whether what the model knows already is worth a validation in front of the first step."""
 
     def __init__(self, settings: RunSettings):
         self.settings = settings

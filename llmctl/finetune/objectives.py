@@ -1,0 +1,116 @@
+"""What each objective asks of a model: the loss of a batch, and what its rows are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from llmctl.finetune.settings import PreferenceSettings
+from llmctl.models.head import logits
+from llmctl.models.language_model import LanguageModel
+
+LOGITS_AT_ONCE = 1 << 24
+
+
+def sequence_logprobs(model: LanguageModel, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Sum of log p over each row's targets that are not negative, float32 [B].
+
+    Logits exist for a few tokens at a time, in the backward pass again.
+    """
+    hidden_BTD = model.head_input(model.hidden(inputs_BT))
+    is_target_BT = targets_BT >= 0
+    rows_N = is_target_BT.nonzero()[:, 0]
+    hidden_ND, targets_N = hidden_BTD[is_target_BT], targets_BT[is_target_BT]
+
+    def part(hidden_MD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
+        logits_MV = logits(model.config.head, hidden_MD, model.head_weight, model.output_bias)
+        return -F.cross_entropy(logits_MV.float(), targets_M, reduction="none")
+
+    at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    parts = [
+        checkpoint(part, h_MD, t_M, use_reentrant=False) if torch.is_grad_enabled() else part(h_MD, t_M)
+        for h_MD, t_M in zip(hidden_ND.split(at_once), targets_N.split(at_once))
+    ]
+    return torch.zeros(len(inputs_BT), device=inputs_BT.device).index_add(0, rows_N, torch.cat(parts))
+
+
+class Comparison(nn.Module):
+    """Preferences between two answers, or verdicts on one, from the log-probabilities of whole answers.
+
+    `reference` is the model before training, which dpo and kto compare with.
+    """
+
+    def __init__(self, model: LanguageModel, rule: Rule, settings: PreferenceSettings, reference: LanguageModel | None):
+        super().__init__()
+        self.model, self.rule, self.settings = model, rule, settings
+        self._reference = [reference]  # in a list: it is no part of what is trained, sharded or saved
+
+    def forward(self, inputs_BT, targets_BT, lengths_B, labels_P, counted_P) -> torch.Tensor:
+        """The sum of the losses of the pairs (or answers) that count; in eval mode the loss of each, then of each 1.0 where
+        the better answer is the likelier one."""
+        policy_B = sequence_logprobs(self.model, inputs_BT, targets_BT)
+        reference_B = None
+        if self._reference[0] is not None:
+            with torch.no_grad():
+                reference_B = sequence_logprobs(self._reference[0], inputs_BT, targets_BT)
+        lengths_B = (targets_BT >= 0).sum(1)
+        losses_P, is_right_P = self.rule.losses(policy_B, reference_B, lengths_B, labels_P, self.settings)
+        if self.training:
+            return losses_P[counted_P].sum()
+        return torch.stack([losses_P[counted_P], is_right_P[counted_P].float()])
+
+
+@dataclass(frozen=True)
+class Rule:
+    losses: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    needs_reference: bool = False
+    beta: float = 0.1
+
+
+def _dpo(policy_B, reference_B, lengths_B, labels, settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """arXiv:2305.18290, equation 7."""
+    chosen_P, rejected_P = (policy_B - reference_B).chunk(2)
+    margin_P = chosen_P - rejected_P
+    return -F.logsigmoid((settings.beta or 0.1) * margin_P), margin_P > 0
+
+
+def _simpo(policy_B, reference_B, lengths_B, labels, settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """arXiv:2405.14734, equation 6: per token, without a reference, and with a margin."""
+    chosen_P, rejected_P = (policy_B / lengths_B).chunk(2)
+    margin_P = chosen_P - rejected_P
+    return -F.logsigmoid((settings.beta or 2.0) * margin_P - settings.simpo_gamma), margin_P > 0
+
+
+def _orpo(policy_B, reference_B, lengths_B, labels, settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """arXiv:2403.07691, equation 6: the chosen answer's loss, and the log of the odds ratio."""
+    chosen_P, rejected_P = (policy_B / lengths_B).chunk(2)
+    odds_P = (chosen_P - rejected_P) - (_log1mexp(chosen_P) - _log1mexp(rejected_P))
+    return -chosen_P - (settings.beta or 0.1) * F.logsigmoid(odds_P), odds_P > 0
+
+
+def _kto(policy_B, reference_B, lengths_B, labels_B, settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """arXiv:2402.01306, equation 8; the batch's own mean stands for the divergence from the reference."""
+    beta, gain_B = settings.beta or 0.1, policy_B - reference_B
+    baseline = gain_B.detach().mean().clamp(min=0)
+    is_good_B = labels_B > 0
+    good_B = settings.kto_desirable * (1 - torch.sigmoid(beta * (gain_B - baseline)))
+    bad_B = settings.kto_undesirable * (1 - torch.sigmoid(beta * (baseline - gain_B)))
+    return torch.where(is_good_B, good_B, bad_B), (gain_B > baseline) == is_good_B
+
+
+def _log1mexp(x: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) for x < 0."""
+    return torch.log1p(-x.exp().clamp(max=1 - 1e-7))
+
+
+RULES = {
+    "dpo": Rule(_dpo, needs_reference=True),
+    "simpo": Rule(_simpo),
+    "orpo": Rule(_orpo),
+    "kto": Rule(_kto, needs_reference=True),
+}

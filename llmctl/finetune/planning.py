@@ -1,0 +1,149 @@
+"""Everything that a flag of `llmctl finetune` left open, decided from the model, the data and the machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from llmctl import lineage
+from llmctl.errors import CalledWrongly, UserError
+from llmctl.finetune import methods
+from llmctl.finetune.data.store import ExampleSet
+from llmctl.finetune.settings import FinetuneSettings
+from llmctl.models import families
+from llmctl.models.config import ModelConfig
+from llmctl.train import hardware, plan
+
+EPOCHS = 3.0
+STEPS_PER_EPOCH = 32
+"""As many as the default batch leaves of a small set: fewer teach little, however good each is."""
+
+RATES = {"full": 3e-4, "freeze": 3e-4, "lora": 3e-3, "adapter": 1e-3}
+"""Peak rates at width 128; they fall with the width, to 2e-5 (full) and 2e-4 (lora) at 2048."""
+IA3_RATE = 3e-3
+"""Factors around one do not depend on the width."""
+
+
+@dataclass(kw_only=True)
+class FinetunePlan(plan.Plan):
+    """`model` is the base's path."""
+
+    model: str
+
+
+def with_length(settings: FinetuneSettings) -> FinetuneSettings:
+    """The settings with a length: by default three passes over the data."""
+    if settings.resume or any((settings.steps, settings.tokens, settings.epochs, settings.time)):
+        return settings
+    return replace(settings, epochs=EPOCHS)
+
+
+def make_plan(
+    settings: FinetuneSettings,
+    model: str,
+    config: ModelConfig,
+    inputs: list[str],
+    examples: ExampleSet,
+    seq_len: int,
+    device: torch.device,
+) -> FinetunePlan:
+    dtype = hardware.compute_dtype(settings.precision, device)
+    rate = settings.learning_rate or learning_rate(settings.method, config.d_model)
+    return FinetunePlan(
+        model=model,
+        settings=asdict(settings),
+        inputs=inputs,
+        data_sha256=examples.sha256,
+        tokenizer_sha256=examples.tokenizer.sha256,
+        hf_config={**config.hf, **families.find(config.family).config_to_hf(config)},
+        seq_len=seq_len,
+        batch_size=settings.batch_size or 1,
+        micro_batch_size=settings.micro_batch_size,
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
+        compile=settings.compile == "on",
+        learning_rate=rate,
+        embedding_learning_rate=settings.embedding_learning_rate or rate,
+        threads=torch.get_num_threads(),
+        parent_sha256=lineage.weights_sha256(model),
+    )
+
+
+def default_batch_size(rows_per_epoch: int, seq_len: int, device: torch.device) -> int:
+    """Rows of a step: what the machine takes at once, and no more than leaves a pass some steps."""
+    at_once = max(1, (4096 if device.type == "cpu" else 1 << 16) // seq_len)
+    return max(1, min(at_once, rows_per_epoch // STEPS_PER_EPOCH))
+
+
+def learning_rate(method: str, d_model: int) -> float:
+    return IA3_RATE if method == "ia3" else RATES[method] * 128 / d_model
+
+
+def adapter_method(settings: FinetuneSettings) -> methods.Method | None:
+    """What the method adds to the model; None where it trains the model's own weights.
+
+    Raises CalledWrongly for a flag of another method, or one that cannot be read.
+    """
+    if settings.method == "lora":
+        return methods.Lora(
+            rank=settings.lora_rank,
+            alpha=settings.lora_alpha or 2.0 * settings.lora_rank,
+            dropout=settings.lora_dropout,
+            targets=settings.targets or methods.Lora.targets,
+            rslora=settings.rslora,
+            dora=settings.dora,
+            init=settings.lora_init,
+            rank_pattern=_ranks(settings.ranks),
+            modules_to_save=settings.modules_to_save,
+        )
+    if settings.method == "ia3":
+        return methods.Ia3(targets=settings.targets, inputs=()) if settings.targets else methods.Ia3()
+    if settings.method == "adapter":
+        return methods.Bottleneck(width=settings.adapter_width, parallel=settings.adapter_parallel)
+    return None
+
+
+def refuse_contradictions(settings: FinetuneSettings) -> None:
+    """Raise CalledWrongly for flags that exclude each other or belong to another method, before anything is read."""
+    plan.refuse_contradictions(settings)
+    own = {
+        "lora_rank": "lora", "lora_alpha": "lora", "lora_dropout": "lora", "ranks": "lora", "rslora": "lora",
+        "dora": "lora", "lora_init": "lora", "modules_to_save": "lora", "adapter_width": "adapter",
+        "adapter_parallel": "adapter", "train_layers": "freeze", "train_modules": "freeze",
+    }  # fmt: skip
+    for name, method in own.items():
+        if getattr(settings, name) != getattr(FinetuneSettings, name) and settings.method != method:
+            raise CalledWrongly(f"--{name.replace('_', '-')} belongs to --method {method}, not {settings.method}")
+    if settings.dora and settings.lora_init == "pissa":
+        raise CalledWrongly("--dora and --lora-init pissa exclude each other")
+    adapter_method(settings)
+
+
+def describe_trained(trained: int, total: int) -> str:
+    """What a person should know before the first step."""
+    from llmctl.quantities import format_count, format_size
+
+    saved = (total - trained) * 4 * 3
+    share = f"{trained / total:.2%}" if trained < total else "all"
+    more = f"; gradients and AdamW's moments of the others would take {format_size(saved)}" if saved else ""
+    return f"training {format_count(trained)} parameters, {share} of the model{more}"
+
+
+def refuse_kind(objective: str, config: ModelConfig) -> None:
+    """Raise UserError where the data ask for what the model cannot do."""
+    wanted = {"seq2seq": "seq2seq", "mlm": "masked"}.get(objective, "causal")
+    if config.kind != wanted:
+        does = {"causal": "continues texts", "masked": "fills gaps", "seq2seq": "turns one text into another"}
+        raise UserError(
+            f"--objective {objective} needs a model that {does[wanted]}; {config.family} {does[config.kind]}"
+        )
+
+
+def _ranks(words: tuple[str, ...]) -> dict[str, int]:
+    pattern = {}
+    for word in words:
+        name, _, rank = word.partition("=")
+        if not rank.isdigit() or int(rank) < 1:
+            raise CalledWrongly(f"--ranks {word!r}: expected a module's name and a rank, as in q_proj=32")
+        pattern[name] = int(rank)
+    return pattern

@@ -1,0 +1,84 @@
+"""What `llmctl finetune` can be told beside its data and the settings of every run. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llmctl.finetune.data.settings import DataSettings
+from llmctl.train.settings import OPTIMIZER, RunSettings, flag
+
+METHOD, PREFERENCE = "Method", "Preferences"
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    method: Literal["full", "freeze", "lora", "adapter", "ia3"] = flag(
+        "lora",
+        "What is trained: every weight; some of them (freeze, with --train-layers and --train-modules); low-rank matrices "
+        "beside them; bottleneck adapters; or (IA)3's factors.",
+        METHOD,
+    )
+    lora_rank: int = flag(16, "Rank of the added matrices.", METHOD, flags=["--lora-r"], at_least=1)
+    lora_alpha: float | None = flag(
+        None, "They count alpha / rank times; by default twice the rank.", METHOD, above=0, show_default="2 x rank"
+    )
+    lora_dropout: float = flag(0.0, "Of what enters them.", METHOD, at_least=0, at_most=0.99)
+    targets: tuple[str, ...] = flag(
+        (),
+        "Modules to adapt, by the end of their name, a regular expression, or attention, ffn, all-linear; may be repeated.",
+        METHOD,
+        show_default="attention (lora); k_proj, v_proj and down_proj's input (ia3)",
+    )
+    ranks: tuple[str, ...] = flag(
+        (), "Another rank for some modules: q_proj=32; may be repeated.", METHOD, metavar="NAME=R"
+    )
+    rslora: bool = flag(False, "Scale by alpha / sqrt(rank), which lets large ranks learn.", METHOD)
+    dora: bool = flag(False, "Learn the lengths of the rows apart from their directions.", METHOD)
+    lora_init: Literal["default", "pissa"] = flag(
+        "default", "pissa starts at the largest singular directions of each matrix.", METHOD
+    )
+    modules_to_save: tuple[str, ...] = flag((), "Modules to train whole beside the adapter; may be repeated.", METHOD)
+    adapter_width: int = flag(64, "Width of bottleneck adapters.", METHOD, at_least=1)
+    adapter_parallel: bool = flag(False, "Beside attention and ffn instead of behind them.", METHOD)
+    train_layers: str | None = flag(
+        None, "For freeze: layers to train, as a slice: -4: (the last four), 0:2.", METHOD, metavar="FROM:TO"
+    )
+    train_modules: str | None = flag(
+        None,
+        "For freeze: parameters to train, a regular expression: 'lm_head|norm', '.*bias'.",
+        METHOD,
+        metavar="REGEX",
+    )
+
+
+@dataclass(frozen=True)
+class PreferenceSettings:
+    beta: float | None = flag(
+        None,
+        "How strongly a preference counts against staying near the reference.",
+        PREFERENCE,
+        above=0,
+        show_default="0.1; 2 for simpo",
+    )
+    simpo_gamma: float = flag(1.0, "The margin that simpo asks for.", PREFERENCE, at_least=0)
+    kto_desirable: float = flag(1.0, "Weight of good answers in kto.", PREFERENCE, at_least=0)
+    kto_undesirable: float = flag(1.0, "Weight of bad answers in kto.", PREFERENCE, at_least=0)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(RunSettings, PreferenceSettings, MethodSettings, DataSettings):
+    optimizer: Literal["adamw", "muon"] = flag("adamw", "muon is for the matrices, with AdamW for the rest.", OPTIMIZER)
+    schedule: Literal["cosine", "linear", "wsd"] = flag(
+        "cosine",
+        "How the rate falls after the warm-up; wsd holds it, then falls over the last --decay part.",
+        OPTIMIZER,
+    )
+    learning_rate: float | None = flag(
+        None,
+        "Peak rate; by default what suits the method and the model's width (2e-5 full, 2e-4 lora at width 2048).",
+        OPTIMIZER,
+        flags=["--lr"],
+        above=0,
+    )
+    weight_decay: float = flag(0.0, "Of the matrices inside the blocks.", OPTIMIZER, at_least=0)
