@@ -28,10 +28,11 @@ def attention(hf: dict, **changes: Any) -> Attention:
     usual = {
         "n_kv_heads": hf.get("num_key_value_heads") or n_heads,
         "head_dim": head_dim,
-        "rope": rope_from_hf(hf, head_dim),
         "qkv_bias": bias,
         "out_bias": bias,
     }
+    if "rope" not in changes:
+        usual["rope"] = rope_from_hf(hf, head_dim)
     return Attention(n_heads, **{**usual, **changes})
 
 
