@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -9,7 +11,12 @@ transformers = pytest.importorskip("transformers")
 
 import family_checks as checks  # noqa: E402
 
+from llmctl.generation.session import Session  # noqa: E402
+from llmctl.generation.settings import Sampling  # noqa: E402
+from llmctl.inspection import inspect  # noqa: E402
 from llmctl.models.ffn import balance_loss  # noqa: E402
+from llmctl.pretrain.settings import PretrainSettings  # noqa: E402
+from llmctl.pretrain.task import pretraining  # noqa: E402
 
 V = 97
 CONTEXT = 40
@@ -203,3 +210,37 @@ def test_save_is_identity(reference):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, dtype, tmp_path):
     checks.check_half_precision(checks.reference(CONFIGS[name], tmp_path), {"input_ids": ids(2, 30)}, dtype)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory, write_tokens, some_texts):
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "corpus.arrow", some_texts)
+
+
+@pytest.mark.parametrize("name", list(FIRST))
+def test_what_we_train_scores_the_same_in_transformers(name, tmp_path, tokens):
+    """From its config.json, then further from its own weights; the result continues a text and is described."""
+    config = copy.deepcopy(FIRST[name])
+    config.vocab_size = 257
+    config.save_pretrained(tmp_path)
+    train(tmp_path / "first", tokens, model_config=str(tmp_path / "config.json"))
+    train(tmp_path / "second", tokens, init_from=str(tmp_path / "first"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "second").eval()
+    session = Session.open(tmp_path / "second", device="cpu")
+    text = checks.token_ids(257, 2, 30)
+    with torch.no_grad():
+        expected = theirs(text, labels=text).loss
+        found = torch.nn.functional.cross_entropy(session.model(text)[:, :-1].flatten(0, 1), text[:, 1:].flatten())
+    assert abs(found - expected) < 1e-4
+    greedy = Sampling(max_new_tokens=4, temperature=0.0, seed=0, ignore_eos=True)
+    completion = session.begin("the cat", greedy)
+    assert "".join(session.stream(completion)) == completion.text and len(completion.ids) == 4
+    record = next(inspect(tmp_path / "second"))
+    assert record["parameters"] == theirs.num_parameters() and "Attention(" in " ".join(record["layers"].values())
+
+
+def train(output, tokens, **shape):
+    usual = {"seq_len": 32, "batch_size": 2, "steps": 2, "precision": "fp32", "warmup_steps": 1, "validate_every": 100}
+    with pretraining(PretrainSettings(**usual | shape), [str(tokens)], output, frozenset()) as run:
+        for _ in run.run():
+            pass
