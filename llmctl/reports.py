@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from llmctl import ui
-from llmctl.errors import CalledWrongly
+from llmctl.loggers import LOGGERS
 from llmctl.quantities import format_count, format_duration, format_size
 from llmctl.train.events import Event, Finished, Planned, Saved, Started, Trained, Validated
 
@@ -25,22 +24,22 @@ class Reports:
 
     def __init__(self, loggers: tuple[str, ...], run: Path):
         self._run, self._sinks, self._is_heard = run, [], not ui.is_quiet()
-        self._kinds = [_SINKS[name] for name in dict.fromkeys(loggers)] if ui.is_main_process() else []
+        self._kinds = [LOGGERS[name] for name in dict.fromkeys(loggers)] if ui.is_main_process() else []
         for kind in self._kinds:
             kind.require()
 
     def __enter__(self) -> Reports:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
         for sink in self._sinks:
-            sink.close()
+            sink.close(exit_code=0 if error is None else 1)
 
     def show(self, event: Event) -> None:
         if self._is_heard:
             self._say(line(event))
         if isinstance(event, Started):  # not before: until then the output may still be refused
-            self._sinks = [kind(self._run) for kind in self._kinds]
+            self._sinks = [kind(self._run, event.step) for kind in self._kinds]
         if isinstance(event, (Trained, Validated)):
             for sink in self._sinks:
                 sink.log(_numbers(event), event.step)
@@ -115,44 +114,3 @@ def _numbers(event: Trained | Validated) -> dict[str, float]:
     kept = ("loss", "balance_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "tokens")
     named = {f"train/{name}": getattr(event, name) for name in kept}
     return {name: value for name, value in named.items() if value is not None}
-
-
-class _TensorBoard:
-    @staticmethod
-    def require():
-        return _module("torch.utils.tensorboard", "tensorboard")
-
-    def __init__(self, run: Path):
-        self._writer = self.require().SummaryWriter(str(run / "tensorboard"))
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    @staticmethod
-    def require():
-        return _module("wandb", "wandb")
-
-    def __init__(self, run: Path):
-        self._run = self.require().init(name=run.name, dir=str(run), resume="allow", id=run.name)
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        self._run.log(numbers, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def _module(name: str, package: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise CalledWrongly(f"--log {package} needs the package {package}", f"pip install {package}") from error
-
-
-_SINKS = {"tensorboard": _TensorBoard, "wandb": _Wandb}

@@ -199,7 +199,9 @@ def test_a_tokenizer_that_minds_cuts_gets_documents_whole(data, block, monkeypat
     ]
     monkeypatch.setattr(chunks, "LONGEST", 1000)
     parts = list(whole_documents(chunked(groups)))
-    assert all(each.n_bytes for each in parts) and max(len(part) for each in parts for part in each.texts) < 1000 + block
+    assert (
+        all(each.n_bytes for each in parts) and max(len(part) for each in parts for part in each.texts) < 1000 + block
+    )
     groups = [Group([part], joined) for each in parts for part, joined in zip(each.texts, each.joined)]
     for group, after in zip(groups, groups[1:]):
         group.unfinished = after.continues

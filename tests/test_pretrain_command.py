@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -270,18 +269,3 @@ def test_a_dry_run_is_a_table_and_no_file(llmctl, tokens, tmp_path):
         assert not result.stdout and list(tmp_path.iterdir()) == []
         for row in ("parameters", "compute", "peak memory", "disk", "speed", "time", "50 of 128 tokens"):
             assert row in text
-
-
-def test_tensorboard_files(llmctl, tokens, tmp_path):
-    pytest.importorskip("tensorboard")
-    llmctl("pretrain", tokens, *SHAPE, "--steps", 5, "--log", "tensorboard", "--log-every", 1, "-o", "out")
-    assert list((tmp_path / "out" / "tensorboard").glob("events*"))
-
-
-def test_a_logger_that_is_not_installed_is_named_before_any_work(llmctl, tokens, tmp_path):
-    with contextlib.suppress(ImportError):
-        import wandb  # noqa: F401
-
-        pytest.skip("wandb is installed")
-    text = failure(llmctl("pretrain", tokens, *SHAPE, "--log", "wandb", "-o", "out", code=2), 2)
-    assert "wandb" in text and not (tmp_path / "out").exists()
