@@ -89,7 +89,10 @@ def check_logits(reference: Reference, inputs: dict[str, torch.Tensor], call: Ca
 def check_half_precision(
     reference: Reference, inputs: dict[str, torch.Tensor], dtype: torch.dtype, call: Call = call_plain
 ) -> None:
-    """In `dtype` ours is as near to float32 (of the same rounded weights) as transformers' own is."""
+    """In `dtype` ours is as near to float32 (of the same rounded weights) as transformers' own is.
+
+    By the median: where two experts are nearly as likely, rounding chooses, and that token's logits say nothing.
+    """
     theirs_half = copy.deepcopy(reference.model).to(dtype)
     directory = reference.path / str(dtype)
     theirs_half.save_pretrained(directory)
@@ -99,7 +102,7 @@ def check_half_precision(
         exact = copy.deepcopy(theirs_half).float()(**inputs).logits
         their_error = _real(theirs_half(**inputs).logits.float() - exact, inputs)
         our_error = _real(call(ours, inputs).float() - exact, inputs)
-    assert our_error.square().mean().sqrt() < BFLOAT16_SHARE * their_error.square().mean().sqrt()
+    assert our_error.abs().median() < BFLOAT16_SHARE * their_error.abs().median()
 
 
 def check_gradient(
