@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 5
+#define LLMCTL_ABI 6
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -130,6 +130,18 @@ enum {
     LLMCTL_RELU = 3
 };
 LLMCTL_API int llmctl_activation(int32_t dtype, int32_t kind, const void* x, const void* up, void* out, int64_t n);
+
+/* out = x / sqrt(mean(x^2) + eps) * (offset + weight) for each row of x [n_rows, n_columns]; weight [n_columns], or null
+ * for none. out is contiguous and may be x where that is. */
+LLMCTL_API int llmctl_rms_norm(int32_t dtype, const void* x, int64_t x_stride, const void* weight, float offset,
+                               float eps, void* out, int64_t n_rows, int64_t n_columns);
+
+/* Rotary positions: the first `dims` elements of each head of x, sizes [batch, heads, tokens, head_dim], in pairs
+ * (i, i + dims / 2); cos and sin are [batch, tokens, dims], their strides from sequence to sequence and token to token.
+ * The strides of x and out are from sequence to sequence, head to head and token to token: out may lie in a cache. */
+LLMCTL_API int llmctl_rotate(int32_t dtype, const void* x, const int64_t* x_strides, const void* cos, const void* sin,
+                             const int64_t* table_strides, void* out, const int64_t* out_strides,
+                             const int64_t* sizes, int64_t dims);
 
 /* Cross-entropy of each row of logits [n_rows, n_columns] (contiguous) with its target, plus z_loss * log(Z)^2, into
  * losses [n_rows]; the logits are overwritten with the gradient of the summed losses. A negative target is not

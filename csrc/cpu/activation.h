@@ -12,8 +12,9 @@ template <class S>
 LLMCTL_INLINE typename S::Vec erf(typename S::Vec x) {
     x = S::min(S::all(4.0f), S::max(S::all(-4.0f), x));
     const auto y = S::mul(x, x);
-    constexpr float over[] = {-2.72614225801306e-10f, 2.77068142495902e-08f,  -2.10102402082508e-06f, -5.69250639462346e-05f,
-                              -7.34990630326855e-04f, -2.95459980854025e-03f, -1.60960333262415e-02f};
+    constexpr float over[] = {-2.72614225801306e-10f, 2.77068142495902e-08f,  -2.10102402082508e-06f,
+                              -5.69250639462346e-05f, -7.34990630326855e-04f, -2.95459980854025e-03f,
+                              -1.60960333262415e-02f};
     constexpr float under[] = {-1.45660718464996e-05f, -2.13374055278905e-04f, -1.68282697438203e-03f,
                                -7.37332916720468e-03f, -1.42647390514189e-02f};
     auto p = S::zero(), q = S::zero();
@@ -58,10 +59,14 @@ void activation_kernel(int32_t kind, const void* x, const void* up, void* out, i
     const Element* other = up ? static_cast<const Element*>(up) + first : nullptr;
     Element* to = static_cast<Element*>(out) + first;
     switch (kind) {
-        case LLMCTL_SILU: return activate<S, Element, LLMCTL_SILU>(from, other, to, n);
-        case LLMCTL_GELU: return activate<S, Element, LLMCTL_GELU>(from, other, to, n);
-        case LLMCTL_GELU_TANH: return activate<S, Element, LLMCTL_GELU_TANH>(from, other, to, n);
-        case LLMCTL_RELU: return activate<S, Element, LLMCTL_RELU>(from, other, to, n);
+        case LLMCTL_SILU:
+            return activate<S, Element, LLMCTL_SILU>(from, other, to, n);
+        case LLMCTL_GELU:
+            return activate<S, Element, LLMCTL_GELU>(from, other, to, n);
+        case LLMCTL_GELU_TANH:
+            return activate<S, Element, LLMCTL_GELU_TANH>(from, other, to, n);
+        case LLMCTL_RELU:
+            return activate<S, Element, LLMCTL_RELU>(from, other, to, n);
     }
 }
 

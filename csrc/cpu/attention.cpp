@@ -23,7 +23,8 @@ int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - 
 class Tiles {
 public:
     explicit Tiles(const AttentionArgs& args)
-        : a_(args), rows_(args.queries * (args.heads / args.kv_heads)),
+        : a_(args),
+          rows_(args.queries * (args.heads / args.kv_heads)),
           per_head_((rows_ + attention_max_rows - 1) / attention_max_rows) {}
 
     int64_t count() const { return a_.batch * a_.kv_heads * per_head_; }
@@ -88,9 +89,8 @@ void by_sections(const AttentionArgs& args, const AttentionKernels& kernels, con
     }
     std::vector<AttentionSums> parts(pieces.size());
     const auto n_pieces = static_cast<int64_t>(pieces.size());
-    parallel_for(n_pieces, [&](int64_t p) {
-        kernels.section(args, tiles[pieces[p].tile], pieces[p].section, parts[p]);
-    });
+    parallel_for(n_pieces,
+                 [&](int64_t p) { kernels.section(args, tiles[pieces[p].tile], pieces[p].section, parts[p]); });
     AttentionSums sums;
     for (int64_t i = 0, p = 0; i < tiles.count(); ++i) {
         clear(sums);

@@ -92,7 +92,8 @@ LLMCTL_INLINE void weigh_values(const Element* v, int64_t v_stride, const float*
 #pragma GCC unroll 8
         for (int i = 0; i < Vecs; ++i) vs[i] = n_tail ? S::load_some(v, n_tail) : S::load(v + i * S::lanes);
         // two of bfloat16's vectors share a line
-        for (int i = 0; i < Vecs; i += sizeof(float) / sizeof(Element)) S::prefetch(v + keys_ahead * v_stride + i * S::lanes);
+        for (int i = 0; i < Vecs; i += sizeof(float) / sizeof(Element))
+            S::prefetch(v + keys_ahead * v_stride + i * S::lanes);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
             const typename S::Vec weight = S::all(weights[r * attention_section + key]);
@@ -174,7 +175,8 @@ void attention_section_kernel(const AttentionArgs& a, const AttentionTile& tile,
     int64_t first = attention_section, last = 0;
     for (int64_t r = 0; r < tile.n_rows; ++r) {
         const KeyRange keys = visible_keys(a, tile.sequence, (tile.first_row + r) / group_size(a));
-        ranges[r] = {clamped(keys.begin - start, 0, attention_section), clamped(keys.end - start, 0, attention_section)};
+        ranges[r] = {clamped(keys.begin - start, 0, attention_section),
+                     clamped(keys.end - start, 0, attention_section)};
         if (ranges[r].begin >= ranges[r].end) continue;
         first = ranges[r].begin < first ? ranges[r].begin : first;
         last = ranges[r].end > last ? ranges[r].end : last;

@@ -9,10 +9,17 @@ namespace llmctl {
 // Elements [first, first + n) of an activation; up may be null.
 using ActivationKernel = void (*)(int32_t kind, const void* x, const void* up, void* out, int64_t first, int64_t n);
 
+using RmsNormKernel = void (*)(const void* x, const void* weight, float offset, float eps, void* out, int64_t n);
+
+using RotateKernel = void (*)(const void* x, const void* cos, const void* sin, void* out, int64_t head_dim,
+                              int64_t dims);
+
 struct Kernels {
     LinearKernel linear_f32, linear_bf16;
     AttentionKernels attention_f32, attention_bf16;
     ActivationKernel activation_f32, activation_bf16;
+    RmsNormKernel rms_norm_f32, rms_norm_bf16;
+    RotateKernel rotate_f32, rotate_bf16;
 };
 
 // Each defined in the file of its name, which alone is compiled for that instruction set.

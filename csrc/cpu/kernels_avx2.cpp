@@ -2,6 +2,8 @@
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_tile.h"
+#include "cpu/rms_norm.h"
+#include "cpu/rotate.h"
 #include "cpu/simd/avx2.h"
 
 const llmctl::Kernels llmctl::avx2_kernels = {
@@ -11,4 +13,8 @@ const llmctl::Kernels llmctl::avx2_kernels = {
     attention_kernels<FloatDot<Avx2, Bf16>, 3, 2>,
     activation_kernel<Avx2, float>,
     activation_kernel<Avx2, Bf16>,
+    rms_norm_row<Avx2, float>,
+    rms_norm_row<Avx2, Bf16>,
+    rotate_head<Avx2, float>,
+    rotate_head<Avx2, Bf16>,
 };

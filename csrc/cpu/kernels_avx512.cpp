@@ -2,6 +2,8 @@
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_tile.h"
+#include "cpu/rms_norm.h"
+#include "cpu/rotate.h"
 #include "cpu/simd/avx512.h"
 
 const llmctl::Kernels llmctl::avx512_kernels = {
@@ -11,4 +13,8 @@ const llmctl::Kernels llmctl::avx512_kernels = {
     attention_kernels<FloatDot<Avx512, Bf16>, 6, 6>,
     activation_kernel<Avx512, float>,
     activation_kernel<Avx512, Bf16>,
+    rms_norm_row<Avx512, float>,
+    rms_norm_row<Avx512, Bf16>,
+    rotate_head<Avx512, float>,
+    rotate_head<Avx512, Bf16>,
 };

@@ -2,6 +2,8 @@
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_tile.h"
+#include "cpu/rms_norm.h"
+#include "cpu/rotate.h"
 #include "cpu/simd/scalar.h"
 
 const llmctl::Kernels llmctl::scalar_kernels = {
@@ -11,4 +13,8 @@ const llmctl::Kernels llmctl::scalar_kernels = {
     attention_kernels<FloatDot<Scalar, Bf16>, 2, 1>,
     activation_kernel<Scalar, float>,
     activation_kernel<Scalar, Bf16>,
+    rms_norm_row<Scalar, float>,
+    rms_norm_row<Scalar, Bf16>,
+    rotate_head<Scalar, float>,
+    rotate_head<Scalar, Bf16>,
 };

@@ -1,8 +1,8 @@
 // A matrix product whose every element is summed in one order, whatever is computed beside it.
 //
 // Both operands lie row by row along the summed dimension, so a tile of rows times outputs is a set of dot products in
-// registers: lane i of a sum takes the elements i, i + step, ... of one block of the summed dimension; then the lanes are
-// added up, and the blocks one after another. Tiles of any size, down to one row, do just this for each element.
+// registers: lane i of a sum takes the elements i, i + step, ... of one block of the summed dimension; then the lanes
+// are added up, and the blocks one after another. Tiles of any size, down to one row, do just this for each element.
 #pragma once
 
 #include "cpu/linear.h"
@@ -88,7 +88,8 @@ LLMCTL_INLINE void linear_block_of(int64_t n_rows, const Linear& c, int64_t row,
                                    int64_t last_out, int64_t outs_ahead, float* sums, int64_t sums_stride) {
     if constexpr (Rows > 1) {
         if (n_rows < Rows) {
-            return linear_block_of<Dot, Rows - 1>(n_rows, c, row, k, first_out, last_out, outs_ahead, sums, sums_stride);
+            return linear_block_of<Dot, Rows - 1>(n_rows, c, row, k, first_out, last_out, outs_ahead, sums,
+                                                  sums_stride);
         }
     }
     linear_block<Dot, Rows>(c, row, k, first_out, last_out, outs_ahead, sums, sums_stride);

@@ -40,9 +40,8 @@ LLMCTL_INLINE float exp_of_negative(float x) {
 template <class Body>
 void for_rows(int64_t n_rows, const Body& body) {
     constexpr int64_t rows_at_a_time = 8;
-    parallel_for((n_rows + rows_at_a_time - 1) / rows_at_a_time, [&](int64_t i) {
-        body(i * rows_at_a_time, std::min((i + 1) * rows_at_a_time, n_rows));
-    });
+    parallel_for((n_rows + rows_at_a_time - 1) / rows_at_a_time,
+                 [&](int64_t i) { body(i * rows_at_a_time, std::min((i + 1) * rows_at_a_time, n_rows)); });
 }
 
 }  // namespace llmctl

@@ -8,8 +8,8 @@ from torch import nn
 from llmctl.models import config, norm
 from llmctl.models.context import Context
 from llmctl.models.linear import Linear
-from llmctl.models.position import rotate
 from llmctl.ops.attention import attention, attention_weights
+from llmctl.ops.rotary import rotate
 
 
 class Attention(nn.Module):

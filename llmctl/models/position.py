@@ -67,16 +67,6 @@ class RotaryTable(nn.Module):
         return angles.cos() * size, angles.sin() * size
 
 
-def rotate(x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (i, i + K/2) of a head by its angle; elements beyond the tables' width stay as they are."""
-    dims = cos.shape[-1]
-    if dims < x_BHTK.shape[-1]:
-        return torch.cat([rotate(x_BHTK[..., :dims], cos, sin), x_BHTK[..., dims:]], dim=-1)
-    first, second = x_BHTK.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x_BHTK * cos + turned * sin).to(x_BHTK.dtype)
-
-
 class RelativeBias(nn.Module):
     """What distance adds to the scores of a stack's self-attention."""
 

@@ -33,10 +33,18 @@ struct Scalar {
         for (int i = 0; i < n; ++i) llmctl::store(p[i], x.lane[i]);
     }
 
-    static LLMCTL_INLINE Vec add(Vec a, Vec b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
-    static LLMCTL_INLINE Vec sub(Vec a, Vec b) { return each([&](int i) { return a.lane[i] - b.lane[i]; }); }
-    static LLMCTL_INLINE Vec mul(Vec a, Vec b) { return each([&](int i) { return a.lane[i] * b.lane[i]; }); }
-    static LLMCTL_INLINE Vec div(Vec a, Vec b) { return each([&](int i) { return a.lane[i] / b.lane[i]; }); }
+    static LLMCTL_INLINE Vec add(Vec a, Vec b) {
+        return each([&](int i) { return a.lane[i] + b.lane[i]; });
+    }
+    static LLMCTL_INLINE Vec sub(Vec a, Vec b) {
+        return each([&](int i) { return a.lane[i] - b.lane[i]; });
+    }
+    static LLMCTL_INLINE Vec mul(Vec a, Vec b) {
+        return each([&](int i) { return a.lane[i] * b.lane[i]; });
+    }
+    static LLMCTL_INLINE Vec div(Vec a, Vec b) {
+        return each([&](int i) { return a.lane[i] / b.lane[i]; });
+    }
     static LLMCTL_INLINE Vec fma(Vec a, Vec b, Vec c) { return add(mul(a, b), c); }
     // Where one of both is NaN the result is b, so that limits(x) = min(limit, x) keeps NaN.
     static LLMCTL_INLINE Vec max(Vec a, Vec b) {

@@ -1,0 +1,48 @@
+"""RMSNorm: for training torch's own, for inference on a CPU one pass, rounded once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from llmctl.ops import native
+from llmctl.ops.dispatch import DTYPES, inference_library, is_inference
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension; weight [D], x [..., D] of the same dtype."""
+    if not is_inference(x, weight) or x.shape[-1:] != weight.shape or x.shape[-1] == 0:
+        return reference(x, weight, eps, offset)
+    return _operator(x, weight, eps, offset) if torch.compiler.is_compiling() else _run(x, weight, eps, offset)
+
+
+def reference(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """The specification: with an offset in float32, else as torch has it."""
+    if not offset:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(x.float(), weight.shape, offset + weight.float(), eps).to(x.dtype)
+
+
+def _run(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    library = inference_library()
+    if library is None:
+        return reference(x, weight, eps, offset)
+    n = weight.shape[0]
+    rows = x if x.dim() == 2 else x.reshape(-1, n)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = x.new_empty(x.shape)
+    pointers = weight.contiguous().data_ptr(), offset, eps, out.data_ptr()
+    native.call(
+        library, "llmctl_rms_norm", DTYPES[x.dtype], rows.data_ptr(), rows.stride(0), *pointers, rows.shape[0], n
+    )
+    return out
+
+
+@torch.library.custom_op("llmctl::rms_norm", mutates_args=())
+def _operator(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    return _run(x, weight, eps, offset)
+
+
+@_operator.register_fake
+def _(x, weight, eps, offset):
+    return x.new_empty(x.shape)

@@ -1,0 +1,67 @@
+"""Rotary positions: for inference on a CPU one pass, rounded once."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from llmctl.ops import native
+from llmctl.ops.dispatch import DTYPES, inference_library, is_inference
+
+
+def rotate(x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair (i, i + dims/2) of a head's first `dims` elements by its angle; the others stay as they are.
+
+    `cos` and `sin` are [T, dims], or [B, 1, T, dims] where rows have positions of their own.
+    """
+    if not is_inference(x_BHTK, cos, sin):
+        return reference(x_BHTK, cos, sin)
+    return _operator(x_BHTK, cos, sin) if torch.compiler.is_compiling() else _run(x_BHTK, cos, sin)
+
+
+def reference(x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The specification, but for the roundings in between."""
+    dims = cos.shape[-1]
+    if dims < x_BHTK.shape[-1]:
+        return torch.cat([reference(x_BHTK[..., :dims], cos, sin), x_BHTK[..., dims:]], dim=-1)
+    first, second = x_BHTK.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x_BHTK * cos + turned * sin).to(x_BHTK.dtype)
+
+
+def _run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    library = inference_library()
+    if library is None:
+        return reference(x, cos, sin)
+    x = x if x.stride(3) == 1 else x.contiguous()
+    batch, heads, tokens, head_dim = x.shape
+    dims = cos.shape[-1]
+    cos, sin = (table.expand(batch, 1, tokens, dims) for table in (cos.contiguous(), sin.contiguous()))
+    out = x.new_empty(x.shape)
+    triple, pair, four = ctypes.c_int64 * 3, ctypes.c_int64 * 2, ctypes.c_int64 * 4
+    native.call(
+        library,
+        "llmctl_rotate",
+        DTYPES[x.dtype],
+        x.data_ptr(),
+        triple(*x.stride()[:3]),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        pair(cos.stride(0), cos.stride(2)),
+        out.data_ptr(),
+        triple(*out.stride()[:3]),
+        four(batch, heads, tokens, head_dim),
+        dims,
+    )
+    return out
+
+
+@torch.library.custom_op("llmctl::rotate", mutates_args=())
+def _operator(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return _run(x, cos, sin)
+
+
+@_operator.register_fake
+def _(x, cos, sin):
+    return x.new_empty(x.shape)
