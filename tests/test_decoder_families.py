@@ -81,6 +81,7 @@ FIRST = {
     "gemma3_text": GEMMA3(**SHAPE, head_dim=10, sliding_window=6, layer_types=MIXED, query_pre_attn_scalar=24),
     "phi3": PHI3(**SHAPE),
     "smollm3": transformers.SmolLM3Config(**shape(num_hidden_layers=5)),
+    "olmo2": transformers.Olmo2Config(**SHAPE),
     "gpt2": transformers.GPT2Config(vocab_size=V, n_positions=CONTEXT, n_embd=32, n_layer=3, n_head=4),
 }
 MORE = {
@@ -144,6 +145,7 @@ MORE = {
         tie_word_embeddings=False,
         attention_bias=True,
     ),
+    "olmo2-bias-tied-yarn": transformers.Olmo2Config(**SHAPE, attention_bias=True, tie_word_embeddings=True, **YARN),
     "gpt2-scaled-by-layer": transformers.GPT2Config(
         vocab_size=V, n_positions=CONTEXT, n_embd=32, n_layer=3, n_head=4, scale_attn_by_inverse_layer_idx=True
     ),
