@@ -20,6 +20,7 @@ from llmctl.generation.settings import Run, Sampling
     cat corpus.txt | llmctl tokenize | llmctl pretrain | llmctl generate - -p "ROMEO:"
     llmctl generate runs/base "To be" --num-samples 4 --seed 1 --stop "."
     llmctl generate runs/base --jsonl < prompts.jsonl > completions.jsonl
+    llmctl generate runs/base "who are you" --adapter runs/style:0.5 --adapter runs/facts
     llmctl generate t5-small "translate English to German: Good morning." --num-beams 4
     """
 )
@@ -31,7 +32,8 @@ from llmctl.generation.settings import Run, Sampling
 def command(model, prompt, prompt_flag, settings, run):
     """Continue a prompt with a language model, or answer it with an encoder-decoder.
 
-    MODEL is a checkpoint directory, or - to read its path from standard input. PROMPT is text; - or none at all reads
+    MODEL is a checkpoint directory, or that of an adapter, which names its base; - reads its path from standard input.
+    PROMPT is text; - or none at all reads
     it from standard input, less the newline at its end. Settings that are not given come from the checkpoint's
     generation_config.json where that has them.
 
@@ -52,7 +54,7 @@ def command(model, prompt, prompt_flag, settings, run):
     from llmctl.generation.report import Report
     from llmctl.generation.session import Session
 
-    session = Session.open(path, None if run.dtype == "auto" else run.dtype, run.device)
+    session = Session.open(path, None if run.dtype == "auto" else run.dtype, run.device, run.adapter, run.force)
     report = Report(settings.seed)
     if run.jsonl or run.num_samples > 1:
         _print_answers(session, rows, settings, run, report)

@@ -74,6 +74,11 @@ def load(model: nn.Module, directory: str | Path, weight: float = 1.0) -> method
     return method
 
 
+def is_adapter(directory: str | Path) -> bool:
+    """Whether it holds an adapter and no model."""
+    return Path(directory, "adapter_config.json").exists() and not Path(directory, "config.json").exists()
+
+
 def read_config(directory: str | Path) -> dict:
     """The content of adapter_config.json. Raises UserError where the directory holds no adapter."""
     file = Path(directory) / "adapter_config.json"

@@ -17,6 +17,7 @@ import torch
 from llmctl import agreement, allocator, checkpoint, files, lineage
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune import adapter
+from llmctl.finetune.assembly import refuse_other_base
 from llmctl.finetune.changes import AdapterChanges, refuse_strangers
 from llmctl.finetune.combining import combine
 from llmctl.finetune.merge_settings import MergeSettings
@@ -24,6 +25,7 @@ from llmctl.models.config import ModelConfig
 from llmctl.models.loading import read_config
 from llmctl.models.streaming import StreamedModel
 from llmctl.tensor_file import LazyTensor
+from llmctl.tokenization.files import has_tokenizer
 from llmctl.tokenizer import Tokenizer
 
 HEAD = "lm_head.weight"
@@ -51,7 +53,8 @@ def merge(base: str | Path, adapters: Sequence[str | Path], output: str | Path, 
     stored = checkpoint.open_tensors(base)
     for change in changes:
         refuse_strangers(change, set(stored.keys()))
-        _check_base(change, base, settings)
+        if not (settings.force or settings.unmerge):
+            refuse_other_base(change.path, base)
         if settings.unmerge and not change.can_be_undone:
             raise UserError(
                 f"{change.path}: what it replaced cannot be restored from the result (DoRA, modules to save)"
@@ -138,10 +141,7 @@ def _check(base: Path, merged: Path, plan: _Plan, weights, settings: MergeSettin
     else:
         head = plan.own_head(read_config(base))
         before = StreamedModel(base, replaced=plan.exact, head_VD=None if head is None else head.load())
-    has_tokenizer = any(
-        (base / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    )
-    tokenizer = Tokenizer.load(base) if has_tokenizer else None
+    tokenizer = Tokenizer.load(base) if has_tokenizer(base) else None
     probes = agreement.probe_ids(tokenizer, before.config.vocab_size)
     return agreement.measure(before.logits, StreamedModel(merged).logits, probes)
 
@@ -158,18 +158,6 @@ def _weights(settings: MergeSettings, count: int) -> list[float]:
     if len(weights) != count:
         raise CalledWrongly(f"{len(weights)} --weights for {count} adapters", hint="give one for each")
     return weights
-
-
-def _check_base(change: AdapterChanges, base: Path, settings: MergeSettings) -> None:
-    """Refuse an adapter whose lineage says that it was trained on another base."""
-    record = lineage.read(change.path)
-    if record is None or record.parent_sha256 is None or settings.force or settings.unmerge:
-        return
-    if record.parent_sha256 != (found := lineage.weights_sha256(base)):
-        raise UserError(
-            f"{change.path}: trained on another base ({record.parent_sha256[:12]}; {base} is {found[:12]})",
-            hint="--force merges all the same",
-        )
 
 
 def _copy_companions(base: Path, adapters: Sequence[Path], output: Path, untied: bool) -> None:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llmctl.devices import choose_device
-from llmctl.errors import CalledWrongly
+from llmctl.errors import CalledWrongly, UserError
+from llmctl.finetune.assembly import Assembly
 from llmctl.generation.complete import complete, encode_prompt, prepare
 from llmctl.generation.completion import Completion
 from llmctl.generation.decode import decode
 from llmctl.generation.records import Answer, Row
 from llmctl.generation.settings import Marks, Sampling, read_generation_config, read_marks, resolve, sampling_from
 from llmctl.models.causal_lm import CausalLM
-from llmctl.models.loading import load_model
 from llmctl.tokenizer import Tokenizer
 
 
@@ -28,12 +28,30 @@ class Session:
     recommended: Sampling
     marks: Marks
 
+    def __post_init__(self):
+        if self.model.config.kind == "masked":
+            raise UserError(
+                f"{self.model.config.family} is an encoder: it reads a whole text and cannot continue one",
+                hint="llmctl fill-mask predicts missing tokens, llmctl embed gives vectors",
+            )
+
     @classmethod
-    def open(cls, path: str | os.PathLike, dtype: str | None = None, device: str | None = None) -> Session:
-        """Load a checkpoint directory; dtype None is the stored one, device None a GPU where there is one."""
-        generation_config = read_generation_config(path)
-        tokenizer = Tokenizer.load(path)
-        model = load_model(path, dtype, choose_device(device))
+    def open(
+        cls,
+        path: str | os.PathLike,
+        dtype: str | None = None,
+        device: str | None = None,
+        adapters: Sequence[str] = (),
+        force: bool = False,
+    ) -> Session:
+        """Load a checkpoint or adapter directory; dtype None is the stored one, device None a GPU where there is one.
+
+        `adapters` and `force` are those of `Assembly.find`.
+        """
+        assembly = Assembly.find(path, adapters, force)
+        generation_config = read_generation_config(assembly.generation_config_directory)
+        tokenizer = assembly.tokenizer()
+        model = assembly.load(dtype, choose_device(device))
         recommended = sampling_from(generation_config, has_source=model.config.encoder is not None)
         return cls(model, tokenizer, recommended, read_marks(generation_config, model.config.hf, tokenizer.eos_id))
 

@@ -266,5 +266,11 @@ class Run:
     stats: bool = _flag_of(
         False, "Report seed, time to the first token and tokens/s on standard error.", show_default=False
     )
+    adapter: tuple[str, ...] = _flag_of(
+        (),
+        "Put this adapter, a PEFT directory, beside the model's weights; repeatable. LoRA may count WEIGHT times.",
+        metavar="PATH[:WEIGHT]",
+    )
+    force: bool = _flag_of(False, "Use an adapter that was trained on another base.", show_default=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag_of("auto", "Weights and cache; auto is as stored.")
     device: str | None = _flag_of(None, "cpu, cuda, cuda:1.", show_default="a GPU where there is one", metavar="NAME")

@@ -33,6 +33,10 @@ def read(path: Path) -> tuple[str, dict]:
         raise UserError(f"{file}: {error.message}", hint=error.hint) from error
 
 
+def has_tokenizer(directory: Path) -> bool:
+    return any(any(directory.glob(name)) for name in _NAMES)
+
+
 def _in_directory(directory: Path) -> Path:
     for name in (*_NAMES, *_FOREIGN):
         found = sorted(directory.glob(name))

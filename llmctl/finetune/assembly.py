@@ -1,0 +1,98 @@
+"""A base with adapters beside it, for whoever uses a model: which they are, whether they fit, and whose files count."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmctl import lineage
+from llmctl.errors import CalledWrongly, UserError
+from llmctl.finetune import adapter
+from llmctl.models.language_model import LanguageModel
+from llmctl.models.loading import load_model
+from llmctl.tokenization.files import has_tokenizer
+from llmctl.tokenizer import Tokenizer
+
+log = logging.getLogger("llmctl")
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A base's directory, and the adapters that count so many times on top of it: (directory, weight)."""
+
+    base: Path
+    adapters: tuple[tuple[Path, float], ...] = ()
+
+    @classmethod
+    def find(cls, model: str | os.PathLike, adapters: Sequence[str] = (), force: bool = False) -> Assembly:
+        """MODEL, a base or an adapter that names its base, with further adapters as PATH or PATH:WEIGHT.
+
+        Raises CalledWrongly for a weight that is none, UserError for what is no adapter, for a base that is not here, and,
+        unless `force`d, for an adapter that was trained on another base.
+        """
+        base, found = Path(model), [_parsed(word) for word in adapters]
+        if adapter.is_adapter(base):
+            found.insert(0, (base, 1.0))
+            base = _named_base(base)
+        for path, _ in found:
+            adapter.read_config(path)
+            if not force:
+                refuse_other_base(path, base)
+        return cls(base, tuple(found))
+
+    def load(self, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None) -> LanguageModel:
+        """The model with all adapters, in eval mode; their weights are float32, the base's as `load_model` has them."""
+        model = load_model(self.base, dtype, device)
+        for path, weight in self.adapters:
+            adapter.load(model, path, weight)
+        return model.eval()
+
+    def tokenizer(self) -> Tokenizer:
+        """The last adapter's that brings one, which is what it was trained with, else the base's."""
+        return Tokenizer.load(self._last_with(has_tokenizer))
+
+    @property
+    def generation_config_directory(self) -> Path:
+        return self._last_with(lambda directory: (directory / "generation_config.json").exists())
+
+    def _last_with(self, has) -> Path:
+        return next((path for path, _ in reversed(self.adapters) if has(path)), self.base)
+
+
+def refuse_other_base(path: Path, base: Path) -> None:
+    """Raise UserError where an adapter's lineage says that it was trained on another base."""
+    record = lineage.read(path)
+    if record is None or record.parent_sha256 is None:
+        return
+    if record.parent_sha256 != (found := lineage.weights_sha256(base)):
+        raise UserError(
+            f"{path}: trained on another base ({record.parent_sha256[:12]}; {base} is {found[:12]})",
+            hint="--force uses it all the same",
+        )
+
+
+def _parsed(word: str) -> tuple[Path, float]:
+    path, colon, number = word.rpartition(":")
+    if not colon or os.path.exists(word):
+        return Path(word), 1.0
+    try:
+        return Path(path), float(number)
+    except ValueError as error:
+        raise CalledWrongly(f"--adapter {word!r}: {number!r} is no weight", hint="PATH or PATH:0.5") from error
+
+
+def _named_base(path: Path) -> Path:
+    name = adapter.read_config(path).get("base_model_name_or_path")
+    base = Path(name or "")
+    if not name or not (base / "config.json").exists():
+        raise UserError(
+            f"{path}: an adapter, whose base {name!r} is no checkpoint here",
+            hint="give the base as MODEL, and this as --adapter",
+        )
+    log.info("%s is an adapter of %s", path, base)
+    return base
