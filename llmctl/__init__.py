@@ -46,10 +46,10 @@ def generate(
     `sampling` takes the flags of `llmctl generate` with underscores: temperature, top_k, max_new_tokens, stop, seed, ...
     """
     from llmctl.generation.records import Row
-    from llmctl.generation.session import Session
-    from llmctl.generation.settings import Sampling, read_marks, sampling_from
+    from llmctl.generation.session import Session, marks_of
+    from llmctl.generation.settings import Sampling, sampling_from
 
     recommended = sampling_from({}, has_source=model.config.encoder is not None)
-    session = Session(model, tokenizer, recommended, read_marks({}, model.config.hf, tokenizer.eos_id))
+    session = Session(model, tokenizer, recommended, marks_of(model, tokenizer, {}))
     rows = [Row(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
     return [answer.completion for answer in session.answer(rows, Sampling(**sampling), batch_size=batch_size)]

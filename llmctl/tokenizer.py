@@ -74,10 +74,13 @@ class Tokenizer:
         return cls(tokenizer_json, config)
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int, for_encoder: bool = False) -> Tokenizer:
-        """Learn a byte-level BPE; the vocabulary is smaller than asked where the texts hold no more repeated pairs."""
-        config = training.ENCODER_CONFIG if for_encoder else training.CONFIG
-        return cls(training.byte_level_bpe(texts, vocab_size, for_encoder), config)
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int, special_tokens: str = "text") -> Tokenizer:
+        """Learn a byte-level BPE; the vocabulary is smaller than asked where the texts hold no more repeated pairs.
+
+        `special_tokens` is a key of `tokenization.training.SPECIALS`.
+        """
+        specials = training.SPECIALS[special_tokens]
+        return cls(training.byte_level_bpe(texts, vocab_size, specials), specials.config)
 
     @classmethod
     def bytes(cls) -> Tokenizer:

@@ -145,7 +145,7 @@ def _train_tokenizer(
         "text" if val_start is None else "training part",
         format_size(settings.train_sample),
     )
-    tokenizer = Tokenizer.train_bpe(chain([first], sample), settings.vocab_size, settings.special_tokens == "encoder")
+    tokenizer = Tokenizer.train_bpe(chain([first], sample), settings.vocab_size, settings.special_tokens)
     if tokenizer.vocab_size < settings.vocab_size:
         log.info("the text gives a vocabulary of %d tokens only", tokenizer.vocab_size)
     return tokenizer

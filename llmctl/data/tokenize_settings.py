@@ -33,9 +33,10 @@ class TokenizeSettings:
     special_tokens: str = dataclasses.field(
         default="text",
         metadata={
-            "type": ("text", "encoder"),
+            "type": ("text", "encoder", "sentinels"),
             "help": "Those of a trained tokenizer. text: <|endoftext|> behind each text. encoder: <s> and </s> around it, "
-            "and <pad> and <mask>, as masked-language modelling needs them.",
+            "and <pad> and <mask>, as masked-language modelling and BART need them. sentinels: </s> behind it, <pad>, and "
+            "<extra_id_0> to <extra_id_99>, as T5 needs them.",
         },
     )
     save_tokenizer: str | None = dataclasses.field(

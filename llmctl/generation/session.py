@@ -6,6 +6,7 @@ import collections
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from llmctl.devices import choose_device
 from llmctl.errors import CalledWrongly, UserError
@@ -17,6 +18,12 @@ from llmctl.generation.records import Answer, Row
 from llmctl.generation.settings import Marks, Sampling, read_generation_config, read_marks, resolve, sampling_from
 from llmctl.models.causal_lm import CausalLM
 from llmctl.tokenizer import Tokenizer
+
+
+def marks_of(model: CausalLM, tokenizer: Tokenizer, generation_config: dict[str, Any]) -> Marks:
+    """The tokens at the edges of what the model writes."""
+    config = {**model.config.hf, "decoder_start_token_id": model.config.decoder_start_id}
+    return read_marks(generation_config, config, tokenizer.eos_id)
 
 
 @dataclass
@@ -53,7 +60,7 @@ class Session:
         tokenizer = assembly.tokenizer()
         model = assembly.load(dtype, choose_device(device))
         recommended = sampling_from(generation_config, has_source=model.config.encoder is not None)
-        return cls(model, tokenizer, recommended, read_marks(generation_config, model.config.hf, tokenizer.eos_id))
+        return cls(model, tokenizer, recommended, marks_of(model, tokenizer, generation_config))
 
     @property
     def continues_prompts(self) -> bool:

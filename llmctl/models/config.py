@@ -256,7 +256,8 @@ class ModelConfig:
     """`blocks` is repeated in order until there are `n_layers`: one entry for a uniform stack.
 
     `max_positions` None: nothing in the model limits the length. `head` None: a base model, which only embeds. `encoder`, where there is one, is a stack of its own
-    that shares the token embedding, and the blocks here are the decoder's.
+    that shares the token embedding, the blocks here are the decoder's, and `decoder_start_id` is the token that it reads
+    first.
     """
 
     family: str
@@ -276,6 +277,7 @@ class ModelConfig:
     dropout: float = 0.0
     initializer_range: float = 0.02
     encoder: ModelConfig | None = None
+    decoder_start_id: int | None = None
     carried: tuple[Carried, ...] = ()
     float32_residual: bool = False
     """What the blocks add to stays in float32 where weights are of lower precision; their norms cast."""

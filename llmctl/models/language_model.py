@@ -31,6 +31,10 @@ class LanguageModel(Stack):
         if head.bias == "fixed":
             self.register_buffer("logits_bias", torch.empty(config.vocab_size))
 
+    def stacks(self) -> tuple[Stack, ...]:
+        """All stacks of the model, of whose `layers` each may be sharded and compiled by itself."""
+        return (self,)
+
     @property
     def head_weight(self) -> torch.Tensor:
         """[V, D], whether or not it is the embedding."""

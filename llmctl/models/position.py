@@ -75,6 +75,10 @@ class RelativeBias(nn.Module):
         self.spec = spec
         self.weight = nn.Parameter(torch.empty(spec.n_buckets, spec.n_heads))
 
+    def initialize(self, generator: torch.Generator) -> None:
+        """No distance is preferred."""
+        nn.init.zeros_(self.weight)
+
     def forward(self, start: int, end: int, device: torch.device) -> torch.Tensor:
         """[H, T, S] for the queries from `start` to `end` and all keys in front of `end`."""
         queries_T = torch.arange(start, end, device=device)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from llmctl.errors import UserError
 from llmctl.models.cache import Cache
@@ -21,11 +21,10 @@ class Seq2SeqLM(CausalLM):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.encoder = Stack(config.encoder)
+        self.encoder = Stack(dataclasses.replace(config.encoder, dropout=config.dropout))
 
-    def blocks(self) -> Iterator[nn.Module]:
-        yield from self.encoder.layers
-        yield from self.layers
+    def stacks(self) -> tuple[Stack, ...]:
+        return (self.encoder, self)
 
     def forward(
         self,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from llmctl.data.corpus import Corpus
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.pretrain.objectives import Objective
+from llmctl.models.config import ModelConfig
+from llmctl.pretrain import objectives
 from llmctl.pretrain.settings import PretrainSettings
 from llmctl.train import distributed
 from llmctl.train.feed import Feed
@@ -34,12 +35,14 @@ def open_corpus(paths: Sequence[str], spool: Path | None, use_spooled: bool, tok
     return corpus
 
 
-def open_feed(corpus: Corpus, plan: Plan, settings: PretrainSettings, objective: Objective) -> Feed:
-    """Rows of `plan.seq_len` tokens of both splits, as the objective takes them."""
-    train = objective.rows(corpus.split("train"), plan.seq_len, corpus.tokenizer, settings)
+def open_feed(corpus: Corpus, plan: Plan, settings: PretrainSettings, config: ModelConfig) -> Feed:
+    """Rows of `plan.seq_len` tokens of both splits, as the model's objective takes them."""
+    objective = objectives.choose(settings, config)
+    how = (corpus.tokenizer, settings, config)
+    train = objective.rows(corpus.split("train"), plan.seq_len, *how)
     view, val = corpus.split("val"), None
     if view is not None and view.n_tokens > 2:
-        val = objective.rows(view, min(plan.seq_len, view.n_tokens - 1), corpus.tokenizer, settings)
+        val = objective.rows(view, min(plan.seq_len, view.n_tokens - 1), *how)
     return Feed(train, val, plan)
 
 

@@ -12,7 +12,7 @@ from llmctl.errors import CalledWrongly, UserError
 from llmctl.files import read_json
 from llmctl.models import families, shapes
 from llmctl.models.config import ModelConfig
-from llmctl.models.loading import read_config
+from llmctl.models.loading import stored_config
 from llmctl.pretrain.settings import PretrainSettings
 from llmctl.train import hardware, plan
 from llmctl.train.plan import Plan
@@ -67,7 +67,7 @@ def _model_config(settings: PretrainSettings, tokenizer, n_tokens: int, device: 
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in names}
     special = {key: value for key, value in special.items() if value is not None}
     if settings.init_from:
-        config = read_config(settings.init_from)
+        config = stored_config(settings.init_from)
     elif settings.model_config:
         config = _config_file(settings.model_config, {"vocab_size": tokenizer.vocab_size, **special})
     elif settings.preset:

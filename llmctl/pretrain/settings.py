@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from llmctl.data.corruption_settings import CorruptionSettings
 from llmctl.data.masking_settings import MaskingSettings
 from llmctl.train.settings import OPTIMIZER, SPEED, RunSettings, flag
 
@@ -23,20 +24,20 @@ class ShapeSettings:
     preset: str | None = flag(None, "A known shape.", SHAPE, type=("gpt2", "gpt2-medium", "tinyllama", "llama-160m"))
     model_config: str | None = flag(None, "Take the shape from a Hugging Face config.json.", SHAPE, type="path")
     init_from: str | None = flag(None, "Go on training this checkpoint's weights.", SHAPE, type="path")
-    family: Literal["llama", "gpt2", "mamba", "mamba2", "lstm", "gru", "bert", "roberta", "esm", "longformer"] = flag(
-        "llama", "Kind of model for --params.", SHAPE
-    )
+    family: Literal[
+        "llama", "gpt2", "mamba", "mamba2", "lstm", "gru", "bert", "roberta", "esm", "longformer", "t5", "bart"
+    ] = flag("llama", "Kind of model for --params.", SHAPE)
     seq_len: int | None = flag(
         None, "Tokens per sequence; by default 256, or the model's context when that is shorter.", SHAPE, at_least=2
     )
 
 
 @dataclass(frozen=True)
-class PretrainSettings(RunSettings, MaskingSettings, ShapeSettings):
-    objective: Literal["auto", "causal", "mlm"] = flag(
+class PretrainSettings(RunSettings, CorruptionSettings, MaskingSettings, ShapeSettings):
+    objective: Literal["auto", "causal", "mlm", "seq2seq"] = flag(
         "auto",
-        "causal predicts each token from those before it, mlm hidden tokens from all others; auto is what the model was "
-        "made for.",
+        "causal predicts each token from those before it, mlm hidden tokens from all others, seq2seq restores spoilt "
+        "texts; auto is what the model was made for.",
         SHAPE,
     )
     isolate_documents: bool = flag(True, "Tokens attend to their own document only when several share a row.", SPEED)

@@ -59,7 +59,7 @@ class Pretraining(Task):
         return planning.make_plan(self.settings, inputs, self.corpus, device)
 
     def make_feed(self, plan: Plan) -> Feed:
-        return open_feed(self.corpus, plan, self.settings, objectives.choose(self.settings, _config(plan)))
+        return open_feed(self.corpus, plan, self.settings, _config(plan))
 
     def make_trainer(self, plan: Plan, device: torch.device, save: Path | None) -> Trainer:
         settings = self.settings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
@@ -17,18 +18,38 @@ CONFIG = {
     "eos_token": END_OF_TEXT,
     "clean_up_tokenization_spaces": False,
 }
-ENCODER_CONFIG = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": "<s>",
-    "cls_token": "<s>",
-    "eos_token": "</s>",
-    "sep_token": "</s>",
-    "pad_token": "<pad>",
-    "mask_token": "<mask>",
-    "clean_up_tokenization_spaces": False,
+_N_SENTINELS = 100
+
+
+@dataclass(frozen=True)
+class Specials:
+    """The special tokens of a trained tokenizer: `tokens` in the order of their ids, and what stands around one text and
+    around two (None: an EOS behind documents alone)."""
+
+    tokens: tuple[str, ...]
+    config: dict
+    around: tuple[str, str] | None = None
+
+
+def _roles(**tokens: str) -> dict:
+    return {**CONFIG, **{f"{role}_token": token for role, token in tokens.items()}}
+
+
+SPECIALS = {
+    "text": Specials((END_OF_TEXT,), CONFIG),
+    # in the order that RoBERTa's and BART's configs take for granted
+    "encoder": Specials(
+        ("<s>", "<pad>", "</s>", "<mask>"),
+        _roles(bos="<s>", cls="<s>", eos="</s>", sep="</s>", pad="<pad>", mask="<mask>"),
+        ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+    ),
+    "sentinels": Specials(
+        ("<pad>", "</s>", *(f"<extra_id_{i}>" for i in range(_N_SENTINELS))),
+        {key: value for key, value in _roles(eos="</s>", pad="<pad>").items() if key != "bos_token"},
+        ("$A </s>", "$A </s> $B </s>"),
+    ),
 }
-_ENCODER_TOKENS = ("<s>", "<pad>", "</s>", "<mask>")
-"""In the order of their ids, which RoBERTa's and BART's configs take for granted."""
+"""By the names of `tokenize --special-tokens`."""
 # Words keep the space or mark in front of them, digits stand alone, blank lines and indentation stay whole (Qwen2's
 # pattern): against GPT-2's it spends fewer tokens on source code and none on learning three-digit numbers.
 SPLIT_PATTERN = (
@@ -38,18 +59,13 @@ SPLIT_PATTERN = (
 PIECE = 1 << 16
 
 
-def byte_level_bpe(texts: Iterable[str], vocab_size: int, for_encoder: bool = False) -> str:
-    """tokenizer.json of a BPE of at most `vocab_size` tokens learnt from `texts`; the same texts give the same file.
-
-    One for an encoder puts <s> and </s> around a text and knows <pad> and <mask>.
-    """
+def byte_level_bpe(texts: Iterable[str], vocab_size: int, specials: Specials) -> str:
+    """tokenizer.json of a BPE of at most `vocab_size` tokens learnt from `texts`; the same texts give the same file."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = _ENCODER_TOKENS if for_encoder else (END_OF_TEXT,)
-    least = len(alphabet) + len(special)
+    least = len(alphabet) + len(specials.tokens)
     if vocab_size < least:
-        raise UserError(
-            f"a vocabulary of {vocab_size} is too small", hint=f"the bytes and {' '.join(special)} alone need {least}"
-        )
+        named = " ".join(specials.tokens[:4]) + (" ..." if len(specials.tokens) > 4 else "")
+        raise UserError(f"a vocabulary of {vocab_size} is too small", hint=f"the bytes and {named} alone need {least}")
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -58,17 +74,17 @@ def byte_level_bpe(texts: Iterable[str], vocab_size: int, for_encoder: bool = Fa
         ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=list(specials.tokens), initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_pieces(texts), trainer)
-    if not for_encoder:
+    if specials.around is None:
         return _finished(tokenizer)
-    # the mask stands for a word and the space in front of it
-    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
+    if "<mask>" in specials.tokens:  # it stands for a word and the space in front of it
+        tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True, special=True)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
+    single, pair = specials.around
+    used = [(token, number) for number, token in enumerate(specials.tokens) if token in single.split()]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=used)
     return tokenizer.to_str()
 
 

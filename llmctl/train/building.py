@@ -23,7 +23,8 @@ log = logging.getLogger("llmctl")
 def build_trainer(objective: nn.Module, plan: Plan, settings: RunSettings, device: torch.device) -> Trainer:
     """A trainer at step 0 of this process's share of the objective. The plan learns whether it is compiled."""
     model = objective.model.to(device)
-    model.activation_checkpointing = settings.activation_checkpointing
+    for stack in model.stacks():
+        stack.activation_checkpointing = settings.activation_checkpointing
     distributed.shard(objective, device)
     if plan.compile:
         plan.compile = _compile_blocks(model, device)
@@ -42,7 +43,8 @@ def build_trainer(objective: nn.Module, plan: Plan, settings: RunSettings, devic
 
 def describe(config: ModelConfig) -> str:
     """One line: the sizes that tell one model of a family from another."""
-    parts = [config.family, f"{config.n_layers} layers", f"d_model {config.d_model}"]
+    layers = f"{config.encoder.n_layers} + {config.n_layers}" if config.encoder else config.n_layers
+    parts = [config.family, f"{layers} layers", f"d_model {config.d_model}"]
     parts += [f"{name} {value}" for name, value in sizes(config).items()]
     return ", ".join([*parts, f"vocabulary {config.vocab_size}", f"context {config.max_positions or 'unlimited'}"])
 
@@ -71,6 +73,7 @@ def _compile_blocks(model: nn.Module, device: torch.device) -> bool:
     for module in model.modules():
         if isinstance(module, Moe):  # how many tokens an expert gets shows only as it runs
             module.forward = torch.compiler.disable(module.forward)
-    for block in model.layers:
-        block.compile()
+    for stack in model.stacks():
+        for block in stack.layers:
+            block.compile()
     return True

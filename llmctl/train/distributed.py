@@ -79,8 +79,9 @@ def shard(objective: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (world_size(),))
-    for block in objective.model.layers:
-        fully_shard(block, mesh=mesh)
+    for stack in objective.model.stacks():
+        for block in stack.layers:
+            fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
 
 

@@ -1,7 +1,7 @@
 """What training minimizes, each a module around the model, so that sharding gathers head and embedding around it.
 
 In training mode an objective gives the sum over a batch's targets, in eval mode the loss of each, without gradient; the
-trainer divides by the number of targets. `model` is the module whose `layers` are sharded and compiled one by one.
+trainer divides by the number of targets. `model` is the language model whose blocks are sharded and compiled one by one.
 """
 
 from __future__ import annotations
@@ -42,3 +42,13 @@ class MaskedToken(NextToken):
         hidden_BTD = self.model.hidden(inputs_BT, documents_BT=documents_BT)
         is_target_BT = targets_BT >= 0
         return self._loss(hidden_BTD[is_target_BT], targets_BT[is_target_BT])
+
+
+class TargetToken(NextToken):
+    """The next-token loss of the targets that an encoder-decoder writes behind their sources."""
+
+    def forward(self, sources_BS, inputs_BT, targets_BT, source_documents_BS=None, documents_BT=None) -> torch.Tensor:
+        """Sum of nats over all targets in training mode; [B * T] nats of each, without gradient, in eval mode."""
+        memory = self.model.encode(sources_BS, documents_BS=source_documents_BS)
+        hidden_BTD = self.model.hidden(inputs_BT, documents_BT=documents_BT, memory=memory)
+        return self._loss(hidden_BTD.flatten(0, 1), targets_BT.flatten())

@@ -48,6 +48,7 @@ def write_model(config, tensors: dict[str, torch.Tensor], tokenizer: Tokenizer, 
     write_config(config, tensors["embed_tokens.weight"].dtype, directory)
     tokenizer.save(directory)
     defaults = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    defaults["decoder_start_token_id"] = config.decoder_start_id
     text = json.dumps({key: value for key, value in defaults.items() if value is not None}, indent=2)
     checkpoint.write_atomic(directory / "generation_config.json", f"{text}\n".encode())
     checkpoint.save_tensors(directory, hf_tensors(config, tensors))

@@ -4,7 +4,7 @@ norms in front, and one at the end."""
 from __future__ import annotations
 
 from llmctl.models.config import Attention, Block, Head, LearnedPositions, Mlp, ModelConfig, Norm
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row
+from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row, usual_heads
 
 MODEL_TYPES = ("bart", "mbart")
 _CLASSES = {"bart": "BartForConditionalGeneration", "mbart": "MBartForConditionalGeneration"}
@@ -44,6 +44,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
         blocks=(block("decoder", causal=True),),
         head=Head(bias="fixed"),
         tie_embeddings=hf.get("tie_word_embeddings", True),
+        decoder_start_id=hf.get("decoder_start_token_id", hf.get("eos_token_id") if family == "bart" else None),
         encoder=ModelConfig(n_layers=hf["encoder_layers"], blocks=(block("encoder", causal=False),), **shared),
         hf=hf,
         **shared,
@@ -60,6 +61,7 @@ def config_to_hf(config: ModelConfig) -> dict:
         "architectures": [_CLASSES[config.family]],
         "model_type": config.family,
         "is_encoder_decoder": True,
+        "decoder_start_token_id": config.decoder_start_id,
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
         **sides,
@@ -69,6 +71,13 @@ def config_to_hf(config: ModelConfig) -> dict:
         "tie_word_embeddings": config.tie_embeddings,
         "init_std": config.initializer_range,
     }
+
+
+def usual_shape(model_type: str, width: int, depth: int, context: int) -> dict:
+    sides = {f"{side}_layers": max(2, depth // 2) for side in ("encoder", "decoder")}
+    sides |= {f"{side}_attention_heads": usual_heads(width) for side in ("encoder", "decoder")}
+    sides |= {f"{side}_ffn_dim": 4 * width for side in ("encoder", "decoder")}
+    return {"d_model": width, **sides, "max_position_embeddings": context}
 
 
 def _pairs(theirs: str, ours: str) -> tuple[Row, ...]:

@@ -4,7 +4,7 @@ positions as a bias on the scores, which are not scaled."""
 from __future__ import annotations
 
 from llmctl.models.config import Attention, Block, GatedMlp, Head, Mlp, ModelConfig, Norm, RelativeBias
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row
+from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row, usual_heads
 
 MODEL_TYPES = ("t5",)
 _TANH_GELU = "gated-gelu"  # by that name T5 means the approximation
@@ -35,6 +35,7 @@ def config_from_hf(hf: dict) -> ModelConfig:
         head=Head(scale=hf["d_model"] ** -0.5 if hf.get("scale_decoder_outputs", tied) else 1.0),
         tie_embeddings=tied,
         encoder=encoder,
+        decoder_start_id=hf.get("decoder_start_token_id", hf.get("pad_token_id")),
         hf=hf,
         **shared,
     )
@@ -47,6 +48,7 @@ def config_to_hf(config: ModelConfig) -> dict:
         "architectures": ["T5ForConditionalGeneration"],
         "model_type": "t5",
         "is_encoder_decoder": True,
+        "decoder_start_token_id": config.decoder_start_id,
         "vocab_size": config.vocab_size,
         "d_model": config.d_model,
         "d_kv": mixer.head_dim,
@@ -61,6 +63,20 @@ def config_to_hf(config: ModelConfig) -> dict:
         "tie_word_embeddings": config.tie_embeddings,
         "scale_decoder_outputs": config.head.scale != 1.0,
         "initializer_factor": config.initializer_range,
+    }
+
+
+def usual_shape(model_type: str, width: int, depth: int, context: int) -> dict:
+    """v1.1's, half of the blocks in the encoder."""
+    heads = usual_heads(width)
+    return {
+        "d_model": width,
+        "d_kv": width // heads,
+        "d_ff": -(-8 * width // 3 // 32) * 32,
+        "num_layers": max(2, depth // 2),
+        "num_heads": heads,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
     }
 
 
