@@ -40,6 +40,7 @@ class CausalLM(LanguageModel):
         cache: Cache | None = None,
         memory: Memory | None = None,
         recorded_weights: list[torch.Tensor] | None = None,
+        recorded_hidden: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The last layer's output after the final norm, [B, T, D].
 
@@ -47,7 +48,7 @@ class CausalLM(LanguageModel):
         numbers the documents packed into a row: tokens attend within their own only and positions restart with each. With a
         `cache` the T tokens continue what it holds. `types_BT` are the segment numbers of models that have such, `memory` an
         encoder's output for those that attend to one. `recorded_weights`, a list, gets every layer's attention weights
-        [B, H, T, S].
+        [B, H, T, S], and `recorded_hidden` what goes into each layer and last what is returned.
         """
         starts_B, ends_B = padding_of(attention_mask_BT)
         n_new = input_ids_BT.shape[1]
@@ -62,7 +63,7 @@ class CausalLM(LanguageModel):
             cache=cache,
             memory=memory,
         )
-        context.recorded_weights = recorded_weights
+        context.recorded_weights, context.recorded_hidden = recorded_weights, recorded_hidden
         return self.run(self.embed(input_ids_BT), context, types_BT)[:, -n_new:]
 
     def continued(self, prompt_ids: Sequence[int], start_id: int | None) -> Sequence[int]:

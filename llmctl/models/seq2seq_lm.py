@@ -48,6 +48,7 @@ class Seq2SeqLM(CausalLM):
         documents_BS: torch.Tensor | None = None,
         keep: bool = False,
         recorded_weights: list[torch.Tensor] | None = None,
+        recorded_hidden: list[torch.Tensor] | None = None,
     ) -> Memory:
         """What the decoder attends to. `source_mask_BS` is 1 at real tokens and 0 at padding at the ends.
 
@@ -62,7 +63,7 @@ class Seq2SeqLM(CausalLM):
             ends_B=ends_B,
             documents_BT=documents_BS,
         )
-        context.recorded_weights = recorded_weights
+        context.recorded_weights, context.recorded_hidden = recorded_weights, recorded_hidden
         hidden_BSD = self.encoder.run(self.embed(source_ids_BS), context)
         return Memory(hidden_BSD, starts_B, ends_B, documents_BS, keep)
 
