@@ -20,6 +20,7 @@ from llmctl.models import description
 from llmctl.models.config import parameter_count, sizes
 from llmctl.models.ffn import has_experts
 from llmctl.models.loading import new_empty, read_config
+from llmctl.quantities import format_count, format_size
 from llmctl.streams import read_stream
 from llmctl.tokenizer import Tokenizer
 
@@ -50,6 +51,28 @@ def inspect_pipe(source: BinaryIO, n_documents: int = 0) -> Iterator[dict[str, A
 def begins_token_stream(source: BinaryIO) -> bool:
     """Whether a pipe, unread so far, brings a token stream rather than the path of a checkpoint."""
     return source.peek(1)[:1] == ARROW_START
+
+
+def facts(record: dict[str, Any], prefix: str = "") -> Iterator[list[Any]]:
+    """Rows of a table for a person: one per value, however deep it lies."""
+    for key, value in record.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(value, dict):
+            yield from facts(value, f"{name}: ")
+        elif key not in ("kind", "path") and value not in (None, [], ()):
+            yield [name, _in_words(key, value)]
+
+
+def _in_words(key: str, value: Any) -> Any:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key in ("parameters", "active_parameters"):
+        return f"{value:,} ({format_count(value)})"
+    if key == "bytes":
+        return f"{value:,} ({format_size(value)})"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not key.endswith(("seed", "id")) else value
 
 
 def _inspect_checkpoint(path: Path, check_files: bool) -> Iterator[dict[str, Any]]:
@@ -93,6 +116,7 @@ def _describe_model(path: Path) -> dict[str, Any]:
         "d_model": config.d_model,
         **sizes(config),
         "layers": description.blocks(config),
+        "head": description.head(config),
         "vocab_size": config.vocab_size,
         "context": config.max_positions,
         "tied": config.tie_embeddings,
@@ -103,7 +127,9 @@ def _part_of(name: str, mixer: str) -> str:
     inner = name.split(".")
     if inner[0] == "layers":
         return {"mixer": mixer, "cross": "cross-attention", "ffn": "feed-forward"}.get(inner[2], "norms")
-    return {"embed_tokens": "embedding", "embed_positions": "positions", "lm_head": "head"}.get(inner[0], "norms")
+    return {"embed_tokens": "embedding", "embed_positions": "positions", "lm_head": "head", "classifier": "head"}.get(
+        inner[0], "norms"
+    )
 
 
 def _describe_storage(stored: TensorFiles) -> dict[str, Any]:
