@@ -116,6 +116,7 @@ def _describe_model(path: Path) -> dict[str, Any]:
         "d_model": config.d_model,
         **sizes(config),
         "layers": description.blocks(config),
+        "head": description.head(config),
         "vocab_size": config.vocab_size,
         "context": config.max_positions,
         "tied": config.tie_embeddings,
@@ -126,7 +127,9 @@ def _part_of(name: str, mixer: str) -> str:
     inner = name.split(".")
     if inner[0] == "layers":
         return {"mixer": mixer, "cross": "cross-attention", "ffn": "feed-forward"}.get(inner[2], "norms")
-    return {"embed_tokens": "embedding", "embed_positions": "positions", "lm_head": "head"}.get(inner[0], "norms")
+    return {"embed_tokens": "embedding", "embed_positions": "positions", "lm_head": "head", "classifier": "head"}.get(
+        inner[0], "norms"
+    )
 
 
 def _describe_storage(stored: TensorFiles) -> dict[str, Any]:

@@ -6,9 +6,10 @@ is a value of its own that knows its size; a family (families/) builds these fro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from llmctl.models.config_classifier import Classifier
 from llmctl.models.config_recurrent import Mamba, Mamba2, Recurrent
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
@@ -245,10 +246,14 @@ class TokenDropout:
 
 @dataclass(frozen=True)
 class Carried:
-    """A tensor of the checkpoint that nothing here computes with: kept so that what we save is whole."""
+    """A tensor of the checkpoint that nothing here computes with: kept so that what we save is whole.
+
+    `of_head`: one of the language-model head, which a classifier does not have.
+    """
 
     name: str
     shape: tuple[int, ...]
+    of_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -273,6 +278,8 @@ class ModelConfig:
     token_types: int = 0
     token_dropout: TokenDropout | None = None
     head: Head | None = Head()
+    classifier: Classifier | None = None
+    """Of a model that classifies texts: stands in place of the head over the vocabulary."""
     tie_embeddings: bool = False
     dropout: float = 0.0
     initializer_range: float = 0.02
@@ -286,6 +293,15 @@ class ModelConfig:
 
     def block(self, layer: int) -> Block:
         return self.blocks[layer % len(self.blocks)]
+
+    @property
+    def predicts_tokens(self) -> bool:
+        return self.head is not None and self.classifier is None
+
+    def classifying(self, classifier: Classifier) -> ModelConfig:
+        """The same model with a classifier as its head."""
+        kept = tuple(entry for entry in self.carried if not entry.of_head)
+        return replace(self, classifier=classifier, carried=kept)
 
     @property
     def kind(self) -> Literal["causal", "masked", "seq2seq"]:
@@ -319,7 +335,9 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     The PaLM appendix's count (arXiv:2204.02311, B), with causal attention halved because half of the scores are masked.
     """
     embedding = config.vocab_size * config.d_model
-    matrices = parameter_count(config, active=True) - (embedding if config.head and not config.tie_embeddings else 0)
+    matrices = parameter_count(config, active=True) - (
+        0 if config.predicts_tokens and config.tie_embeddings else embedding
+    )
     matrices -= _position_parameters(config)
     mixers = [config.block(i).mixer for i in range(config.n_layers)]
     return 6 * matrices + sum(3 * mixer.sequence_flops(seq_len) for mixer in mixers)
@@ -327,6 +345,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 def _head_parameters(config: ModelConfig) -> int:
     head = config.head
+    if config.classifier is not None:
+        return config.classifier.parameters(config.d_model)
     if head is None:
         return 0
     total = config.vocab_size * ((0 if config.tie_embeddings else config.d_model) + (head.bias is True))

@@ -22,6 +22,15 @@ def blocks(config: ModelConfig) -> dict[str, str]:
     return {_ranges(layers): _parts(block) for block, layers in kinds}
 
 
+def head(config: ModelConfig) -> str:
+    """What the model gives for a text."""
+    if config.classifier is not None:
+        return f"classifier, {config.classifier.in_words}"
+    if config.head is None:
+        return "none"
+    return "language model, tied to the embedding" if config.tie_embeddings else "language model"
+
+
 def _parts(block: Block) -> str:
     words = [_in_words(part) for part in block.branches]
     return "; ".join([*words, f"{_in_words(block.norm)} {block.norm_placement}"])

@@ -13,14 +13,17 @@ from llmctl.models.transformer import Stack, embedding
 
 
 class LanguageModel(Stack):
-    """A stack with its embedding and, unless the config's head is None, its head: a Linear of its own or the embedding."""
+    """A stack with its embedding and, unless the config's head is None, its head: a Linear of its own or the embedding.
+
+    A classifier's head is its own (see `sequence_classifier`).
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.embed_tokens = embedding(config.vocab_size, config.d_model)
         self.head_transform = self.lm_head = self.head_bias = None
         head = config.head
-        if head is None:
+        if not config.predicts_tokens:
             return
         if head.transform:
             self.head_transform = HeadTransform(head.transform, config.d_model)
@@ -49,7 +52,7 @@ class LanguageModel(Stack):
 
     def reset_buffers(self) -> None:
         """A checkpoint without a fixed bias has none to add."""
-        if self.config.head is not None and self.config.head.bias == "fixed":
+        if self.config.predicts_tokens and self.config.head.bias == "fixed":
             self.logits_bias = torch.zeros(self.config.vocab_size)
 
     def embed(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
@@ -64,6 +67,11 @@ class LanguageModel(Stack):
 
     def head_input(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """What meets the vocabulary matrix: the hidden states, transformed and scaled as the head says."""
+        if self.config.classifier is not None:
+            raise UserError(
+                "this checkpoint is a classifier: it gives a number for each label, and predicts no tokens",
+                hint="llmctl classify works with it",
+            )
         if self.config.head is None:
             raise UserError(
                 "this checkpoint is a base model: it holds no language-model head, so it predicts no tokens",

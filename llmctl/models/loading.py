@@ -12,12 +12,13 @@ from torch import nn
 
 from llmctl import checkpoint, files
 from llmctl.errors import UserError
-from llmctl.models import families, weights
+from llmctl.models import config_classifier, families, weights
 from llmctl.models.causal_lm import CausalLM
-from llmctl.models.config import ModelConfig
+from llmctl.models.config import Classifier, ModelConfig
 from llmctl.models.language_model import LanguageModel
 from llmctl.models.masked_lm import MaskedLM
 from llmctl.models.seq2seq_lm import Seq2SeqLM
+from llmctl.models.sequence_classifier import CausalClassifier, MaskedClassifier
 
 SUPERSEDED = ("rope_parameters",)
 """Spellings of transformers 5 for what we write as every release reads it; both together would contradict each other."""
@@ -30,9 +31,19 @@ def read_config(path: str | Path) -> ModelConfig:
     hf = files.read_json(file)
     family = families.find(hf.get("model_type"))
     try:
-        return family.config_from_hf(hf)
+        config = family.config_from_hf(hf)
+        if not config_classifier.is_classifier(hf):
+            return config
+        return config.classifying(config_classifier.from_hf(hf, usual_classifier(config)))
     except KeyError as error:
         raise UserError(f"{file}: the key {error} is missing or has a value that llmctl does not know") from error
+
+
+def usual_classifier(config: ModelConfig) -> Classifier:
+    """The form that the family's classifiers have, without labels. Raises UserError where llmctl has none for it."""
+    if config.kind == "seq2seq":
+        raise UserError(f"{config.family} turns one text into another; llmctl classifies with decoders and encoders")
+    return getattr(families.find(config.family), "CLASSIFIER", Classifier())
 
 
 def stored_config(path: str | Path) -> ModelConfig:
@@ -51,33 +62,50 @@ def stored_config(path: str | Path) -> ModelConfig:
 
 def new_empty(config: ModelConfig) -> LanguageModel:
     """A model without weights, of the class that its config's kind asks for; build it under the meta device."""
+    if config.classifier is not None:
+        return {"causal": CausalClassifier, "masked": MaskedClassifier}[config.kind](config)
     return {"causal": CausalLM, "masked": MaskedLM, "seq2seq": Seq2SeqLM}[config.kind](config)
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    classifier: Classifier | None = None,
+    seed: int = 0,
 ) -> LanguageModel:
     """The model of a checkpoint directory, in eval mode; weights stay memory-mapped where neither dtype nor device changes.
 
     `dtype` None keeps what the file has. A file without any tensor of a head gives a base model (its config's head is
-    None). Raises UserError where the weights and config.json disagree.
+    None). With `classifier` that takes the place of the file's head, float32 and fresh for the `seed` as far as the file
+    does not have it. Raises UserError where the weights and config.json disagree.
     """
     stored = checkpoint.open_tensors(path)
     config = stored_config(path)
+    if classifier is not None:
+        config = config.classifying(classifier)
     family = families.find(config.family)
     with torch.device("meta"):
         model = new_empty(config)
-        if weights.lacks_head(family, _shapes(model), stored.keys()):
+        if config.predicts_tokens and weights.lacks_head(family, _shapes(model), stored.keys()):
             model = new_empty(dataclasses.replace(config, head=None))
     reset_buffers(model)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     buffers = dict(model.named_buffers())
-    for name, tensor in weights.load_tensors(family, _shapes(model), stored.keys(), stored.get, optional=buffers):
+    optional = {*buffers, *(() if classifier is None else _fresh_head(model, seed))}
+    for name, tensor in weights.load_tensors(family, _shapes(model), stored.keys(), stored.get, optional=optional):
         if name in buffers:
             _assign(model, name, tensor.to(device=device))
         else:
             _assign(model, name, _parameter(tensor.to(device=device, dtype=dtype)))
     return model.eval()
+
+
+def _fresh_head(model: LanguageModel, seed: int) -> list[str]:
+    """Give the classifier its first weights; the names of its parameters."""
+    model.classifier.to_empty(device="cpu")
+    model.classifier.initialize(torch.Generator().manual_seed(seed))
+    return [f"classifier.{name}" for name, _ in model.classifier.named_parameters()]
 
 
 def stored_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -106,6 +134,8 @@ def hf_config(config: ModelConfig, dtype: torch.dtype) -> dict:
     """The content of config.json: what the model was read with, under what it is now."""
     name = str(dtype).removeprefix("torch.")
     ours = families.find(config.family).config_to_hf(config)
+    if config.classifier is not None:
+        ours |= config_classifier.to_hf(config.classifier, ours["architectures"])
     merged = {**config.hf, **ours, "torch_dtype": name, "dtype": name}
     return {key: value for key, value in merged.items() if key not in SUPERSEDED}
 

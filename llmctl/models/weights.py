@@ -13,6 +13,8 @@ from llmctl.models.families.common import Row
 
 _HEAD = ("lm_head.", "head_transform.", "head_bias")
 """How the names begin of parameters of ours that a base model does not have."""
+_HEADS = (*_HEAD, "logits_bias", "carried.spare_head_bias", "classifier.")
+"""And of those of any head: a file may hold another head than the model has."""
 
 
 def to_ours(change: str, tensor: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
@@ -75,7 +77,7 @@ def load_tensors(
     wanted = [entry for entry in wanted if bare(entry[0]) in names or entry[1][0] not in optional]
     missing = [theirs for theirs, _, _ in wanted if bare(theirs) not in names]
     used = {bare(theirs) for theirs, _, _ in wanted}
-    ignorable = (*family.IGNORABLE, *(() if "lm_head.weight" in shapes else (r"^lm_head\.weight$",)))
+    ignorable = (*family.IGNORABLE, *_other_heads(family, shapes))
     extra = [
         name for short, name in names.items() if short not in used and not any(re.search(p, name) for p in ignorable)
     ]
@@ -90,6 +92,12 @@ def load_tensors(
         if tensor.shape != expected:
             raise UserError(f"{theirs} has shape {list(tensor.shape)}; config.json says {list(expected)}")
         yield from zip(ours, to_ours(change, tensor, sizes))
+
+
+def _other_heads(family, shapes: Container[str]) -> list[str]:
+    """Patterns of the file's names for heads that the model does not have."""
+    rows = [entry for entry in family.WEIGHTS if entry.ours[0].startswith(_HEADS) and entry.ours[0] not in shapes]
+    return [f"^{re.escape(entry.theirs)}$" for entry in rows]
 
 
 def _applies(entry: Row, numbers: Sequence[str], shapes: Container[str]) -> bool:

@@ -3,7 +3,8 @@
 A family module is found by listing this folder. It has `MODEL_TYPES` (Hugging Face `model_type` values),
 `config_from_hf(hf) -> ModelConfig`, `config_to_hf(config) -> dict`, and `WEIGHTS`, a tuple of `common.Row`. `IGNORABLE`
 are patterns of names that a file may have beside them, and `SPELLINGS`, where there is one, pairs of a pattern and what it
-stands for, for names that older files write differently. A family that `pretrain --family` offers has
+stands for, for names that older files write differently; `CLASSIFIER` is the form of its classifiers' head where that is
+another than one matrix on the last token. A family that `pretrain --family` offers has
 `usual_shape(model_type, width, depth, context) -> dict`, the keys of a config.json for a width and a transformer's depth.
 """
 

@@ -24,6 +24,9 @@ WEIGHTS = (
     *bert_like.weights("bert"),
     *bert_like.post_norms("bert"),
     *bert_like.head("cls.predictions", "cls.predictions.transform", "LayerNorm"),
+    *bert_like.pairs("bert.pooler.dense", "classifier.dense"),
+    *bert_like.pairs("classifier", "classifier.out"),
 )
+CLASSIFIER = bert_like.CLASSIFIER
 IGNORABLE = bert_like.IGNORABLE
 SPELLINGS = bert_like.SPELLINGS

@@ -9,6 +9,7 @@ from llmctl.models.config import (
     Attention,
     Block,
     Carried,
+    Classifier,
     Head,
     HeadTransform,
     LearnedPositions,
@@ -28,6 +29,7 @@ IGNORABLE = (
 )
 """Heads for other tasks, buffers, and second names of tied tensors."""
 SPELLINGS = ((r"\.LayerNorm\.gamma$", ".LayerNorm.weight"), (r"\.LayerNorm\.beta$", ".LayerNorm.bias"))
+CLASSIFIER = Classifier(at="first", dense=True, bias=True)
 _KINDS = ("weight", "bias")
 _SPARE_BIAS = "spare_head_bias"
 
@@ -55,7 +57,7 @@ def model(
         "token_types": hf.get("type_vocab_size", 2),
         "head": Head(HeadTransform(activation, norm_), bias=True),
         # An untied head has the bias of its own Linear, and the file that of the tied one, which nothing reads.
-        "carried": () if tied else (Carried(_SPARE_BIAS, (hf["vocab_size"],)),),
+        "carried": () if tied else (Carried(_SPARE_BIAS, (hf["vocab_size"],), of_head=True),),
     }
     return ModelConfig(
         family=hf["model_type"],
@@ -160,3 +162,6 @@ def head(prefix: str, transform: str, norm_name: str) -> tuple[Row, ...]:
         *pairs(f"{prefix}.decoder", "lm_head"),
         row(f"{prefix}.bias", f"carried.{_SPARE_BIAS}"),
     )
+
+
+CLASSIFIER_WEIGHTS = (*pairs("classifier.dense", "classifier.dense"), *pairs("classifier.out_proj", "classifier.out"))

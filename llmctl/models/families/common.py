@@ -44,6 +44,10 @@ def row(theirs: str, *ours: str, change: str = "rename", beside: str | None = No
     return Row(theirs, ours, change, beside, without)
 
 
+SCORE = row("score.weight", "classifier.out.weight")
+"""Of a classifier that is one matrix."""
+
+
 def shortest(blocks: Sequence[Block]) -> tuple[Block, ...]:
     """The fewest blocks that, repeated, give the same stack."""
     for length in range(1, len(blocks)):

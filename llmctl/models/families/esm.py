@@ -63,7 +63,9 @@ WEIGHTS = (
     row("lm_head.bias", "head_bias"),
     row("lm_head.bias", "lm_head.bias"),
     row("lm_head.decoder.weight", "lm_head.weight"),
+    *bert_like.CLASSIFIER_WEIGHTS,
 )
+CLASSIFIER = bert_like.CLASSIFIER
 IGNORABLE = (*bert_like.IGNORABLE, r"position_embeddings\.weight$", r"\.rotary_embeddings\.inv_freq$")
 SPELLINGS = (
     *bert_like.SPELLINGS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmctl.models.config import Attention, Block, LearnedPositions, Mlp, ModelConfig, Norm
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, row, shortest, usual_heads
+from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, SCORE, row, shortest, usual_heads
 
 MODEL_TYPES = ("gpt2",)
 
@@ -90,5 +90,6 @@ WEIGHTS = (
     ),
     *(row(f"transformer.ln_f.{k}", f"norm.{k}") for k in _KINDS),
     row("lm_head.weight", "lm_head.weight"),
+    SCORE,
 )
 IGNORABLE = (r"attn\.(masked_)?bias$",)

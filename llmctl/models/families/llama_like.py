@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmctl.models.config import Attention, Block, GatedMlp, ModelConfig, Norm
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row, shortest
+from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, SCORE, Row, row, shortest
 from llmctl.models.families.rope import context_from_hf, context_to_hf, rope_from_hf, rope_to_hf
 
 IGNORABLE = (r"rotary_emb\.inv_freq$",)
@@ -136,6 +136,7 @@ def weights(norms: dict[str, str] = _PRE_NORMS, ffn: tuple[Row, ...] = _FFN, fus
         *(row(f"model.layers.{{}}.{name}.weight", f"layers.{{}}.{ours}.weight") for name, ours in norms.items()),
         row("model.norm.weight", "norm.weight"),
         row("lm_head.weight", "lm_head.weight"),
+        SCORE,
     )
 
 

@@ -38,6 +38,8 @@ WEIGHTS = (
     ),
     *bert_like.post_norms("longformer"),
     *bert_like.head("lm_head", "lm_head", "layer_norm"),
+    *bert_like.CLASSIFIER_WEIGHTS,
 )
+CLASSIFIER = bert_like.CLASSIFIER
 IGNORABLE = bert_like.IGNORABLE
 SPELLINGS = bert_like.SPELLINGS

@@ -6,7 +6,7 @@ import math
 
 from llmctl.models.config import Block, ModelConfig, Norm
 from llmctl.models.config_recurrent import Mamba, Mamba2
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, row
+from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, SCORE, row
 
 MODEL_TYPES = ("mamba", "mamba2")
 
@@ -133,6 +133,7 @@ WEIGHTS = (
     *(row(f"backbone.layers.{{}}.mixer.{part}", f"layers.{{}}.mixer.{part}") for part in _PARTS),
     row("backbone.norm_f.weight", "norm.weight"),
     row("lm_head.weight", "lm_head.weight"),
+    SCORE,
 )
 IGNORABLE = ()
 SPELLINGS = ((r"^backbone\.embedding\.", "backbone.embeddings."),)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llmctl.models.config import Block, ModelConfig, Norm
 from llmctl.models.config_recurrent import Recurrent
-from llmctl.models.families.common import row
+from llmctl.models.families.common import SCORE, row
 
 MODEL_TYPES = ("lstm", "gru")
 
@@ -59,5 +59,6 @@ WEIGHTS = (
     ),
     row("norm.weight", "norm.weight"),
     row("lm_head.weight", "lm_head.weight"),
+    SCORE,
 )
 IGNORABLE = ()

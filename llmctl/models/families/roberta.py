@@ -25,6 +25,8 @@ WEIGHTS = (
     *bert_like.weights("roberta"),
     *bert_like.post_norms("roberta"),
     *bert_like.head("lm_head", "lm_head", "layer_norm"),
+    *bert_like.CLASSIFIER_WEIGHTS,
 )
+CLASSIFIER = bert_like.CLASSIFIER
 IGNORABLE = bert_like.IGNORABLE
 SPELLINGS = bert_like.SPELLINGS

@@ -1,0 +1,97 @@
+"""Texts to numbers: a stack whose hidden state at one token of each text goes through a head with a row for each label."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llmctl.models import config
+from llmctl.models.causal_lm import CausalLM
+from llmctl.models.linear import Linear
+from llmctl.models.masked_lm import MaskedLM
+
+
+class ClassifierHead(nn.Module):
+    """out(tanh(dense(x))), or out(x), [N, labels], in the dtype of its own weights."""
+
+    def __init__(self, spec: config.Classifier, d_model: int, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+        self.dense = Linear(d_model, d_model) if spec.dense else None
+        self.out = Linear(d_model, len(spec.labels), bias=spec.bias)
+
+    def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
+        x_ND = self._drop(x_ND.to(self.out.weight.dtype))
+        if self.dense is not None:
+            x_ND = self._drop(torch.tanh(self.dense(x_ND)))
+        return self.out(x_ND)
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """All labels start at the same number, so that the first steps do not undo what the model knows."""
+        if self.dense is not None:
+            self.dense.weight.normal_(0.0, (0.5 / self.dense.in_features) ** 0.5, generator=generator)
+            self.dense.bias.zero_()
+        for parameter in self.out.parameters():
+            parameter.zero_()
+
+    def _drop(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x_ND, self.dropout) if self.training and self.dropout else x_ND
+
+
+class SequenceClassifier:
+    """Stands in front of a language model's class, whose `hidden` it reads."""
+
+    def __init__(self, config_: config.ModelConfig):
+        super().__init__(config_)
+        self.classifier = ClassifierHead(config_.classifier, config_.d_model, config_.dropout)
+
+    def forward(
+        self,
+        input_ids_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor | None = None,
+        *,
+        types_BT: torch.Tensor | None = None,
+        documents_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Numbers [B, labels]; the arguments are those of `hidden`. Of packed documents [N, labels], in their order."""
+        read_BT, rows_N, columns_N = self._places(input_ids_BT, attention_mask_BT, documents_BT)
+        hidden_BTD = self.hidden(
+            input_ids_BT, attention_mask_BT, types_BT=types_BT, documents_BT=documents_BT, **self._all_seeing(read_BT)
+        )
+        return self.classifier(hidden_BTD[rows_N, columns_N])
+
+    def _places(self, input_ids_BT, attention_mask_BT, documents_BT) -> tuple[torch.Tensor, ...]:
+        """Where each text is read: as bool [B, T], and as row and column of text n."""
+        starts_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+        starts_BT[:, 0] = True
+        if documents_BT is not None:
+            starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+        text_BT = starts_BT.flatten().cumsum(0).view_as(input_ids_BT) - 1
+        is_last, width = self.config.classifier.at == "last", input_ids_BT.shape[1]
+        is_real_BT = torch.ones_like(starts_BT) if attention_mask_BT is None else attention_mask_BT != 0
+        if is_last and self.config.classifier.pad_id is not None:
+            is_real_BT = is_real_BT & (input_ids_BT != self.config.classifier.pad_id)
+        columns_BT = torch.arange(width, device=input_ids_BT.device).expand_as(input_ids_BT)
+        rows_N, firsts_N = starts_BT.nonzero().unbind(1)
+        # a text of padding alone is read where it begins
+        columns_N = firsts_N.scatter_reduce(
+            0, text_BT[is_real_BT], columns_BT[is_real_BT], "amax" if is_last else "amin", include_self=is_last
+        )
+        read_BT = torch.zeros_like(starts_BT)
+        read_BT[rows_N, columns_N] = True
+        return read_BT, rows_N, columns_N
+
+    def _all_seeing(self, read_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Where attention is local, the token that is read sees all and is seen by all (Longformer's usage)."""
+        is_local = any(isinstance(block.mixer, config.LocalAttention) for block in self.config.blocks)
+        return {"global_BT": read_BT} if is_local else {}
+
+
+class CausalClassifier(SequenceClassifier, CausalLM):
+    """A decoder that reads a text and classifies it."""
+
+
+class MaskedClassifier(SequenceClassifier, MaskedLM):
+    """An encoder that classifies a text."""
