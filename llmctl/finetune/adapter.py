@@ -12,7 +12,7 @@ from torch import nn
 
 from llmctl import checkpoint, files
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.finetune import bottleneck, ia3, lora, lora_files, methods
+from llmctl.finetune import bottleneck, ia3, lora, lora_files, methods, soft_prompt
 from llmctl.finetune.sites import find_sites, plain_name
 from llmctl.models import families, weights
 
@@ -32,7 +32,7 @@ def attach(model: nn.Module, method: methods.Method, seed: int = 0) -> None:
     elif isinstance(method, methods.Bottleneck):
         bottleneck.attach(model, method, seed)
     else:
-        raise AssertionError(method)
+        soft_prompt.attach(model, method, seed)
 
 
 def save(model: nn.Module, method: methods.Method, directory: str | Path, base: str) -> None:
@@ -48,7 +48,7 @@ def save(model: nn.Module, method: methods.Method, directory: str | Path, base: 
         "inference_mode": True,
         "fan_in_fan_out": any(site.transposed for site in find_sites(model)),
     }
-    named = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    named = {_stored_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     checkpoint.save_tensors(directory, named, stem=STEM)
     files.write_atomic(Path(directory) / "adapter_config.json", f"{json.dumps(config, indent=2)}\n".encode())
 
@@ -70,6 +70,8 @@ def load(model: nn.Module, directory: str | Path, weight: float = 1.0) -> method
         ia3.from_peft(model, own)
     elif isinstance(method, methods.Bottleneck):
         bottleneck.from_tensors(model, method, own)
+    else:
+        soft_prompt.from_peft(model, method, own)
     _load_whole(model, {name: tensor for name, tensor in tensors.items() if name not in own})
     return method
 
@@ -96,12 +98,18 @@ def _to_peft(model: nn.Module, method: methods.Method) -> tuple[dict[str, torch.
         return tensors | whole, dataclasses.replace(said, modules_to_save=tuple(modules))
     if isinstance(method, methods.Ia3):
         return ia3.to_peft(model, method)
-    return bottleneck.to_tensors(model), method
+    if isinstance(method, methods.Bottleneck):
+        return bottleneck.to_tensors(model), method
+    return soft_prompt.to_peft(model, method), method
+
+
+def _stored_name(name: str) -> str:
+    return name if name == soft_prompt.NAME else f"{PREFIX}{name}"
 
 
 def is_adapters(name: str) -> bool:
     """Whether a tensor of an adapter's file is the adapter's own, and not a whole tensor of the base that it replaces."""
-    parts = (".lora_", ".ia3_l", ".down.", ".up.")
+    parts = (".lora_", ".ia3_l", ".down.", ".up.", soft_prompt.NAME)
     return any(part in name for part in parts)
 
 

@@ -90,6 +90,9 @@ class Ia3:
         return cls(tuple(name for name in _targets(config) if name not in inputs), inputs)
 
 
+_ONE_STACK = {"num_transformer_submodules": 1}
+
+
 @dataclass(frozen=True)
 class SoftPrompt:
     """Prompt tuning (arXiv:2104.08691): `length` trained embeddings in front of every text."""
@@ -97,11 +100,16 @@ class SoftPrompt:
     length: int = 20
 
     def to_peft(self) -> dict[str, Any]:
-        return {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": self.length, "prompt_tuning_init": "RANDOM"}
+        return {
+            "peft_type": "PROMPT_TUNING",
+            "num_virtual_tokens": self.length,
+            "prompt_tuning_init": "RANDOM",
+            **_ONE_STACK,
+        }
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> SoftPrompt:
-        return cls(config["num_virtual_tokens"])
+        return cls(_virtual_tokens(config))
 
 
 @dataclass(frozen=True)
@@ -111,13 +119,18 @@ class Prefix:
     length: int = 20
 
     def to_peft(self) -> dict[str, Any]:
-        return {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": self.length, "prefix_projection": False}
+        return {
+            "peft_type": "PREFIX_TUNING",
+            "num_virtual_tokens": self.length,
+            "prefix_projection": False,
+            **_ONE_STACK,
+        }
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> Prefix:
         if config.get("prefix_projection"):
             raise UserError("the adapter is a prefix with a projection, which llmctl does not load")
-        return cls(config["num_virtual_tokens"])
+        return cls(_virtual_tokens(config))
 
 
 @dataclass(frozen=True)
@@ -157,6 +170,14 @@ def from_peft(config: Mapping[str, Any]) -> Method:
             f"the adapter's peft_type is {config.get('peft_type')!r}", f"llmctl loads {', '.join(sorted(KINDS))}"
         )
     return kind.from_peft(config)
+
+
+def _virtual_tokens(config: Mapping[str, Any]) -> int:
+    if (config.get("num_transformer_submodules") or 1) != 1:
+        raise UserError(
+            "the adapter has virtual tokens in both stacks of an encoder-decoder, which llmctl does not load"
+        )
+    return config["num_virtual_tokens"]
 
 
 def _targets(config: Mapping[str, Any], key: str = "target_modules") -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from llmctl.finetune.settings import PreferenceSettings
 from llmctl.models.head import logits
 from llmctl.models.language_model import LanguageModel
+from llmctl.train.objectives import NextToken
 
 LOGITS_AT_ONCE = 1 << 24
 
@@ -63,6 +64,19 @@ class Comparison(nn.Module):
         if self.training:
             return losses_P[counted_P].sum()
         return torch.stack([losses_P[counted_P], is_right_P[counted_P].float()])
+
+    def metrics(self, is_right_1P: torch.Tensor) -> dict[str, float]:
+        return {"accuracy": is_right_1P.mean().item()}
+
+
+class SourceToTarget(NextToken):
+    """The next-token loss of what an encoder-decoder writes, with one source and its target to a row."""
+
+    def forward(self, sources_BS, source_lengths_B, inputs_BT, targets_BT) -> torch.Tensor:
+        """Sum of nats over all targets in training mode; [B * T] nats of each, without gradient, in eval mode."""
+        mask_BS = torch.arange(sources_BS.shape[1], device=sources_BS.device) < source_lengths_B[:, None]
+        hidden_BTD = self.model.hidden(inputs_BT, memory=self.model.encode(sources_BS, mask_BS))
+        return self._loss(hidden_BTD.flatten(0, 1), targets_BT.flatten())
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from llmctl import lineage
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune import methods
+from llmctl.finetune.data.prepare import default_seq_len
 from llmctl.finetune.data.store import ExampleSet
-from llmctl.finetune.settings import FinetuneSettings
+from llmctl.finetune.settings import SOFT, FinetuneSettings
 from llmctl.models import families
 from llmctl.models.config import ModelConfig
 from llmctl.train import hardware, plan
@@ -21,8 +22,8 @@ STEPS_PER_EPOCH = 32
 
 RATES = {"full": 3e-4, "freeze": 3e-4, "lora": 3e-3, "adapter": 1e-3}
 """Peak rates at width 128; they fall with the width, to 2e-5 (full) and 2e-4 (lora) at 2048."""
-IA3_RATE = 3e-3
-"""Factors around one do not depend on the width."""
+FIXED_RATES = {"ia3": 3e-3, "prompt": 3e-2, "prefix": 3e-2}
+"""Of factors around one, and of what stands among activations: the width does not matter."""
 
 
 @dataclass(kw_only=True)
@@ -76,7 +77,20 @@ def default_batch_size(rows_per_epoch: int, seq_len: int, device: torch.device) 
 
 
 def learning_rate(method: str, d_model: int) -> float:
-    return IA3_RATE if method == "ia3" else RATES[method] * 128 / d_model
+    return FIXED_RATES[method] if method in FIXED_RATES else RATES[method] * 128 / d_model
+
+
+def seq_len(settings: FinetuneSettings, config: ModelConfig) -> int:
+    """Tokens of a row, without the virtual ones. Raises CalledWrongly for more than the model reads."""
+    stacks = (config, *filter(None, [config.encoder]))
+    limit = min((stack.max_positions for stack in stacks if stack.max_positions), default=None)
+    if limit is not None and settings.method in SOFT:
+        limit -= settings.virtual_tokens
+        if limit < 2:
+            raise CalledWrongly(f"--virtual-tokens {settings.virtual_tokens} fill the model's context")
+    if limit is not None and (settings.seq_len or 0) > limit:
+        raise CalledWrongly(f"--seq-len {settings.seq_len} is beyond the model's context, which leaves {limit}")
+    return settings.seq_len or default_seq_len(limit)
 
 
 def adapter_method(settings: FinetuneSettings) -> methods.Method | None:
@@ -100,23 +114,40 @@ def adapter_method(settings: FinetuneSettings) -> methods.Method | None:
         return methods.Ia3(targets=settings.targets, inputs=()) if settings.targets else methods.Ia3()
     if settings.method == "adapter":
         return methods.Bottleneck(width=settings.adapter_width, parallel=settings.adapter_parallel)
+    if settings.method in SOFT:
+        return {"prompt": methods.SoftPrompt, "prefix": methods.Prefix}[settings.method](settings.virtual_tokens)
     return None
 
 
 def refuse_contradictions(settings: FinetuneSettings) -> None:
     """Raise CalledWrongly for flags that exclude each other or belong to another method, before anything is read."""
     plan.refuse_contradictions(settings)
-    own = {
-        "lora_rank": "lora", "lora_alpha": "lora", "lora_dropout": "lora", "ranks": "lora", "rslora": "lora",
-        "dora": "lora", "lora_init": "lora", "modules_to_save": "lora", "adapter_width": "adapter",
-        "adapter_parallel": "adapter", "train_layers": "freeze", "train_modules": "freeze",
-    }  # fmt: skip
-    for name, method in own.items():
-        if getattr(settings, name) != getattr(FinetuneSettings, name) and settings.method != method:
-            raise CalledWrongly(f"--{name.replace('_', '-')} belongs to --method {method}, not {settings.method}")
+    for methods_, names in _OWN_FLAGS.items():
+        for name in names:
+            if getattr(settings, name) != getattr(FinetuneSettings, name) and settings.method not in methods_:
+                flag, whose = f"--{name.replace('_', '-')}", " and ".join(methods_)
+                raise CalledWrongly(f"{flag} belongs to --method {whose}, not {settings.method}")
     if settings.dora and settings.lora_init == "pissa":
         raise CalledWrongly("--dora and --lora-init pissa exclude each other")
     adapter_method(settings)
+
+
+_OWN_FLAGS = {
+    ("lora",): (
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "ranks",
+        "rslora",
+        "dora",
+        "lora_init",
+        "modules_to_save",
+    ),
+    ("adapter",): ("adapter_width", "adapter_parallel"),
+    ("freeze",): ("train_layers", "train_modules"),
+    SOFT: ("virtual_tokens",),
+}
+"""Flags that say something of these methods only."""
 
 
 def describe_trained(trained: int, total: int) -> str:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from llmctl.data.masking_settings import MaskingSettings
 from llmctl.finetune.data.settings import DataSettings
 from llmctl.train.settings import OPTIMIZER, RunSettings, flag
 
 METHOD, PREFERENCE = "Method", "Preferences"
+SOFT = ("prompt", "prefix")
+"""Methods of virtual tokens in front of each text."""
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    method: Literal["full", "freeze", "lora", "adapter", "ia3"] = flag(
+    method: Literal["full", "freeze", "lora", "adapter", "ia3", "prompt", "prefix"] = flag(
         "lora",
         "What is trained: every weight; some of them (freeze, with --train-layers and --train-modules); low-rank matrices "
-        "beside them; bottleneck adapters; or (IA)3's factors.",
+        "beside them; bottleneck adapters; (IA)3's factors; or virtual tokens in front of every text, by their embeddings "
+        "(prompt) or their keys and values (prefix).",
         METHOD,
     )
     lora_rank: int = flag(16, "Rank of the added matrices.", METHOD, flags=["--lora-r"], at_least=1)
@@ -41,6 +45,7 @@ class MethodSettings:
     modules_to_save: tuple[str, ...] = flag((), "Modules to train whole beside the adapter; may be repeated.", METHOD)
     adapter_width: int = flag(64, "Width of bottleneck adapters.", METHOD, at_least=1)
     adapter_parallel: bool = flag(False, "Beside attention and ffn instead of behind them.", METHOD)
+    virtual_tokens: int = flag(20, "How many of them, for prompt and prefix.", METHOD, at_least=1)
     train_layers: str | None = flag(
         None, "For freeze: layers to train, as a slice: -4: (the last four), 0:2.", METHOD, metavar="FROM:TO"
     )
@@ -67,7 +72,7 @@ class PreferenceSettings:
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(RunSettings, PreferenceSettings, MethodSettings, DataSettings):
+class FinetuneSettings(RunSettings, MaskingSettings, PreferenceSettings, MethodSettings, DataSettings):
     optimizer: Literal["adamw", "muon"] = flag("adamw", "muon is for the matrices, with AdamW for the rest.", OPTIMIZER)
     schedule: Literal["cosine", "linear", "wsd"] = flag(
         "cosine",

@@ -17,12 +17,13 @@ from torch import nn
 
 from llmctl.errors import CalledWrongly
 from llmctl.finetune import adapter, planning, saving
-from llmctl.finetune.data.batches import PackedExamples, PaddedExamples
-from llmctl.finetune.data.prepare import default_seq_len, prepare
+from llmctl.finetune.data.batches import PackedExamples, PaddedExamples, Split
+from llmctl.finetune.data.prepare import prepare
 from llmctl.finetune.data.sources import parse_sources
 from llmctl.finetune.data.store import ExampleSet
-from llmctl.finetune.objectives import RULES, Comparison
+from llmctl.finetune.objectives import RULES, Comparison, SourceToTarget
 from llmctl.finetune.planning import FinetunePlan
+from llmctl.finetune.rows import rows_of
 from llmctl.finetune.selection import freeze
 from llmctl.finetune.settings import FinetuneSettings
 from llmctl.models.language_model import LanguageModel
@@ -120,7 +121,7 @@ class Finetuning(Task):
 
     @property
     def _seq_len(self) -> int:
-        return self.settings.seq_len or default_seq_len(self.config.max_positions)
+        return planning.seq_len(self.settings, self.config)
 
     def _prepare(self, inputs: list[str], directory: Path) -> None:
         if not inputs:
@@ -130,22 +131,16 @@ class Finetuning(Task):
         sources = parse_sources(inputs, self.settings.val_data)
         prepare(sources, self.settings, Tokenizer.load(self._model), directory, seq_len=self._seq_len)
 
-    def _rows(self, split: str, plan: FinetunePlan) -> PackedExamples | PaddedExamples:
-        examples, seed = self.examples, self.settings.seed
-        if examples.objective in ("sft", "causal"):
-            return PackedExamples(examples, split, plan.seq_len, seed=seed)
-        group = min(plan.batch_size, max(1, len(examples.val if split == "val" else examples) - len(examples.val)))
-        return PaddedExamples(examples, split, group, seed=seed, pad_id=examples.tokenizer.pad_id or 0)
+    def _rows(self, split: Split, plan: FinetunePlan) -> PackedExamples | PaddedExamples:
+        return rows_of(self.examples, split, plan, self.settings, self.config)
 
     def _objective(self, model: LanguageModel, device: torch.device) -> nn.Module:
         settings, objective = self.settings, self.examples.objective
         rule = RULES.get(objective)
-        if rule is not None:
-            reference = (
-                load_model(self._model, next(model.parameters()).dtype, device) if rule.needs_reference else None
-            )
-            return Comparison(model, rule, settings, reference)
-        return (MaskedToken if objective == "mlm" else NextToken)(model, settings.z_loss)
+        if rule is None:
+            return {"mlm": MaskedToken, "seq2seq": SourceToTarget}.get(objective, NextToken)(model, settings.z_loss)
+        reference = load_model(self._model, next(model.parameters()).dtype, device) if rule.needs_reference else None
+        return Comparison(model, rule, settings, reference)
 
 
 def _count(model: nn.Module, trained_only: bool) -> int:

@@ -10,6 +10,7 @@ from llmctl.generation.completion import Completion
 from llmctl.generation.decode import decode
 from llmctl.generation.settings import NO_MARKS, Marks, Sampling
 from llmctl.models.causal_lm import CausalLM
+from llmctl.models.transformer import Stack
 from llmctl.tokenizer import Tokenizer
 
 BATCHES_PER_WINDOW = 32  # prompts are sorted within so many batches: enough for equal lengths, few enough to stream
@@ -42,7 +43,7 @@ def prepare(
     not read back.
     """
     config = model.config
-    context, vocab_size = (config.encoder or config).max_positions, config.vocab_size
+    context, vocab_size = _room(model.encoder if config.encoder else model), config.vocab_size
     if context is not None and len(prompt_ids) > context:
         raise UserError(
             f"{name} has {len(prompt_ids)} tokens; the model's context is {context}", hint="shorten it: it is never cut"
@@ -54,9 +55,14 @@ def prepare(
         )
     continued = model.continued(prompt_ids, marks.start)
     max_new_tokens = sampling.max_new_tokens
-    if config.max_positions is not None:
-        max_new_tokens = min(max_new_tokens, config.max_positions - len(continued) + 1)
+    if (room := _room(model)) is not None:
+        max_new_tokens = min(max_new_tokens, room - len(continued) + 1)
     return Completion(prompt_ids, sampling, sequence, max_new_tokens, marks, tokenizer, continued)
+
+
+def _room(stack: Stack) -> int | None:
+    """Tokens of a text that a stack can read; None where there is no end."""
+    return None if stack.config.max_positions is None else stack.config.max_positions - stack.n_virtual
 
 
 def complete(model: CausalLM, completions: Iterable[Completion], batch_size: int) -> Iterator[Completion]:

@@ -37,6 +37,7 @@ class Attention(nn.Module):
         if self.rotary is not None:
             rotation = context.rotations[self.rotary]
             q_BHTK, k_BGSK = rotate(q_BHTK, *rotation), rotate(k_BGSK, *rotation)
+        k_BGSK, v_BGSK = context.with_virtual(self.layer, k_BGSK, v_BGSK)
         if context.cache is not None:
             k_BGSK, v_BGSK = context.cache.layers[self.layer].append(context.offset, k_BGSK, v_BGSK)
         visibility = context.visibility(self.spec.causal, self.spec.window)

@@ -83,6 +83,6 @@ class CausalLM(LanguageModel):
         inputs_BT = torch.tensor([[0] * n + list(ids) for n, ids in zip(padding, continued, strict=True)])
         starts_B = torch.tensor(padding, device=weight.device) if any(padding) else None
         # The last token is never read back, so it needs no place.
-        capacity = length + max_new_tokens - 1
+        capacity = self.n_virtual + length + max_new_tokens - 1
         cache = Cache(self.config, len(continued), capacity, weight.dtype, weight.device, starts_B)
         return cache, inputs_BT.to(weight.device)

@@ -6,9 +6,11 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from llmctl.models.cache import Cache
 from llmctl.models.memory import Memory
+from llmctl.models.virtual_tokens import VirtualPrefix, VirtualPrompt, put
 from llmctl.ops.local_attention import GlobalTokens
 from llmctl.ops.visibility import Visibility
 
@@ -46,6 +48,10 @@ class Context:
         """Set to a list, it gets every attention's weights [B, H, T, S], in the order of the layers."""
         self.recorded_hidden: list[torch.Tensor] | None = None
         """Set to a list, it gets what goes into each layer, and last what the final norm gives, [B, T, D] each."""
+        self.recorded_keys: list[torch.Tensor] | None = None
+        """Set to a list, it gets every self-attention's keys and values of the first row, [2, G, T, K]."""
+        self.virtual: VirtualPrompt | VirtualPrefix | None = None
+        """Whose places stand in front of every text here, among the `length`."""
         self.global_tokens: GlobalTokens | None = None
         """Those that see all and are seen by all, in layers whose attention is else local."""
         self._visibilities: dict[tuple[bool, int | None], Visibility] = {}
@@ -78,6 +84,35 @@ class Context:
             return None
         starts_B = torch.zeros_like(self.ends_B) if self.starts_B is None else self.starts_B
         return ((self.end if self.ends_B is None else self.ends_B) - starts_B)[:, None]
+
+    def behind(self, virtual: VirtualPrompt | VirtualPrefix) -> Context:
+        """The same texts, in rows whose padding is followed by these places; they belong to a row's first document."""
+        count, documents_BT = virtual.count, self.documents_BT
+        if documents_BT is not None:
+            documents_BT = torch.cat([documents_BT[:, :1].expand(-1, count), documents_BT], 1)
+        longer = Context(
+            self.length + count,
+            self.device,
+            starts_B=self.starts_B,
+            ends_B=None if self.ends_B is None else self.ends_B + count,
+            documents_BT=documents_BT,
+            cache=self.cache,
+            memory=self.memory,
+        )
+        longer.recorded_weights, longer.recorded_hidden = self.recorded_weights, self.recorded_hidden
+        if self.global_tokens is not None:
+            longer.global_tokens = GlobalTokens(F.pad(self.global_tokens.is_global_BT, (count, 0)))
+        longer.virtual = virtual
+        return longer
+
+    def with_virtual(self, layer: int, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, with those that virtual places bring of their own."""
+        if self.recorded_keys is not None:
+            self.recorded_keys.append(torch.stack([k_BGTK[0], v_BGTK[0]]))
+        own = None if self.virtual is None else self.virtual.keys_and_values(layer)
+        if own is None:
+            return k_BGTK, v_BGTK
+        return put(k_BGTK, own[0], self.starts_B), put(v_BGTK, own[1], self.starts_B)
 
     def record(self, hidden_BTD: torch.Tensor) -> None:
         if self.recorded_hidden is not None:

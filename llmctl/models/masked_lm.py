@@ -55,7 +55,7 @@ class MaskedLM(LanguageModel):
         x_BTD = self.embed(input_ids_BT)
         if self.config.token_dropout is not None:
             x_BTD = self._without_masks(x_BTD, input_ids_BT == self.config.token_dropout.mask_id, context)
-        return self.run(x_BTD, context, types_BT)
+        return self.run(x_BTD, context, types_BT)[:, self.n_virtual :]
 
     def _without_masks(self, x_BTD: torch.Tensor, masked_BT: torch.Tensor, context: Context) -> torch.Tensor:
         """Embeddings with the masked ones zero and the others scaled as if as many were masked as in training."""

@@ -65,7 +65,8 @@ class Seq2SeqLM(CausalLM):
         )
         context.recorded_weights, context.recorded_hidden = recorded_weights, recorded_hidden
         hidden_BSD = self.encoder.run(self.embed(source_ids_BS), context)
-        return Memory(hidden_BSD, starts_B, ends_B, documents_BS, keep)
+        whole = self.encoder.whole(context)
+        return Memory(hidden_BSD, whole.starts_B, whole.ends_B, whole.documents_BT, keep)
 
     def continued(self, prompt_ids: Sequence[int], start_id: int | None) -> list[int]:
         """The encoder reads the prompt; the decoder begins with `start_id`."""

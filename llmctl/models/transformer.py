@@ -15,6 +15,7 @@ from llmctl.models.mamba import Mamba
 from llmctl.models.mamba2 import Mamba2
 from llmctl.models.position import RelativeBias, RotaryTable
 from llmctl.models.recurrent import Recurrent
+from llmctl.models.virtual_tokens import VirtualPrefix, VirtualPrompt, put
 
 
 class Block(nn.Module):
@@ -55,6 +56,8 @@ class Stack(nn.Module):
         super().__init__()
         self.config = config_
         self.activation_checkpointing = False
+        self.virtual: VirtualPrompt | VirtualPrefix | None = None
+        """Trained places in front of every text (see `virtual_tokens`)."""
         self.embed_positions = self.relative_bias = None
         match config_.positions:
             case config.LearnedPositions(offset):
@@ -72,7 +75,15 @@ class Stack(nn.Module):
         self.carried = Carried(config_.carried)
 
     def run(self, x_BTD: torch.Tensor, context: Context, types_BT: torch.Tensor | None = None) -> torch.Tensor:
-        """The last layer's output after the final norm, [B, T, D], for scaled token embeddings; advances the cache."""
+        """The last layer's output after the final norm, [B, T, D], for scaled token embeddings; advances the cache.
+
+        With virtual places the rows get as many longer (`whole` has their context).
+        """
+        if (longer := self.whole(context)) is not context:
+            context, count = longer, self.virtual.count
+            x_BTD, types_BT = F.pad(x_BTD, (0, 0, count, 0)), None if types_BT is None else F.pad(types_BT, (count, 0))
+            values_1ND = self.virtual.embeddings(x_BTD.shape[-1])[None]
+            x_BTD = put(x_BTD[:, None], values_1ND, context.starts_B)[:, 0]
         x_BTD = self._drop(self.embed_norm(x_BTD + self._position_embeddings(context, types_BT)))
         if self.config.float32_residual:
             x_BTD = x_BTD.float()
@@ -93,6 +104,14 @@ class Stack(nn.Module):
         x_BTD = self.norm(x_BTD)
         context.record(x_BTD)
         return x_BTD
+
+    def whole(self, context: Context) -> Context:
+        """The context of what `run` runs: with the virtual places, where a text begins."""
+        return context if self.virtual is None or context.offset else context.behind(self.virtual)
+
+    @property
+    def n_virtual(self) -> int:
+        return 0 if self.virtual is None else self.virtual.count
 
     def _position_embeddings(self, context: Context, types_BT: torch.Tensor | None) -> torch.Tensor | float:
         """What positions and token types (all 0 where not given) add to an embedding."""

@@ -108,10 +108,17 @@ class PackedExamples(_Split):
     """
 
     def __init__(
-        self, examples: ExampleSet, split: Split, seq_len: int, *, seed: int = 0, masking: Masking | None = None
+        self,
+        examples: ExampleSet,
+        split: Split,
+        seq_len: int,
+        *,
+        seed: int = 0,
+        masking: Masking | None = None,
+        one_per_row: bool = False,
     ):
         super().__init__(examples, split)
-        self.seq_len, self.seed, self._masking = seq_len, seed, masking
+        self.seq_len, self.seed, self._masking, self._one_per_row = seq_len, seed, masking, one_per_row
         self._rows = [self._pack(numbers) for numbers in self._numbers]
         self._ordered([len(rows) for rows in self._rows], seed)
 
@@ -129,6 +136,8 @@ class PackedExamples(_Split):
             yield self._batch(part, [(_VAL, at + i) for i in range(len(part))])
 
     def _pack(self, numbers: np.ndarray) -> Rows:
+        if self._one_per_row:
+            return Rows(np.arange(len(numbers)))
         return best_fit(self._examples.lengths(numbers) - (self._masking is None), self.seq_len)
 
     def _row(self, source: int, row: int) -> np.ndarray:
