@@ -212,7 +212,8 @@ def test_attention_in_characters(checkpoint):
 
 def test_embedding_pictures(recurrent, tmp_path):
     pytest.importorskip("matplotlib")
-    drawn = embedding_map(recurrent, ["cat\n", "dog <b>\n", "\n", "mat", "$house$"], EmbeddingMapSettings())
+    (tmp_path / "lines.txt").write_text("cat\ndog <b>\n\nmat\n$house$")
+    drawn = embedding_map(recurrent, str(tmp_path / "lines.txt"), EmbeddingMapSettings())
     assert drawn.labels == ["cat", "dog <b>", "mat", "$house$"] and drawn.kind == "sentences"
     for name in ("map.png", "map.html"):
         scatter.save(drawn, tmp_path / name)
@@ -225,10 +226,11 @@ def test_embedding_pictures(recurrent, tmp_path):
 # --- projections ---
 
 
-def test_tokens_are_projected_from_the_embedding_matrix(checkpoint, tokenizer):
+def test_tokens_are_projected_from_the_embedding_matrix(checkpoint, tokenizer, tmp_path):
     model, directory = checkpoint("gpt2")
     words = ["cat", "dogs", "house", "red", "mat"]
-    drawn = embedding_map(directory, words, EmbeddingMapSettings())
+    (tmp_path / "words.txt").write_text("\n".join(words))
+    drawn = embedding_map(directory, str(tmp_path / "words.txt"), EmbeddingMapSettings())
     rows = []
     for word in words:
         ids = min((tokenizer.encode(text) for text in (f" {word}", word)), key=len)
@@ -243,13 +245,15 @@ def test_tokens_are_projected_from_the_embedding_matrix(checkpoint, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
-def test_sentences_are_means_of_the_last_hidden_states(checkpoint, tokenizer, name):
+def test_sentences_are_the_vectors_of_embed(checkpoint, tokenizer, name, tmp_path):
     model, directory = checkpoint(name)
     lines = ["the cat sat", "two dogs run by", "his red house", "a mat"]
     base = model.get_encoder() if name == "t5" else model.base_model
     with torch.no_grad():
-        vectors = [base(torch.tensor([tokenizer.encode(line)])).last_hidden_state[0].mean(0) for line in lines]
-    drawn = embedding_map(directory, lines, EmbeddingMapSettings())
+        states = [base(torch.tensor([tokenizer.encode(line)])).last_hidden_state[0] for line in lines]
+    vectors = [state[-1] if name == "llama" else state.mean(0) for state in states]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    drawn = embedding_map(directory, str(tmp_path / "lines.jsonl"), EmbeddingMapSettings())
     expected, _ = projection.pca(torch.stack(vectors))
     assert drawn.kind == "sentences" and np.abs(np.array(drawn.points) - expected.numpy()).max() < 1e-4
 

@@ -89,8 +89,7 @@ def _show_picture(path, attention, embedding, as_json, output, overwrite):
     if attention.attention is not None:
         plot, drawn = heatmap, attention_map.attention_map(resolve_model(path), attention)
     else:
-        lines = embedding_map.read_lines(embedding.embedding_map, sys.stdin.buffer)
-        plot, drawn = scatter, embedding_map.embedding_map(resolve_model(path), lines, embedding)
+        plot, drawn = scatter, embedding_map.embedding_map(resolve_model(path), embedding.embedding_map, embedding)
     for record in plot.records(drawn) if as_json else ():
         ui.print_data(json.dumps(record, ensure_ascii=False))
     if output:

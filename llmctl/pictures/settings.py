@@ -47,8 +47,8 @@ class EmbeddingMapSettings:
     embedding_map: str | None = field(
         default=None,
         metadata={
-            "help": "Show the lines of this file (- is standard input) as points, near each other where their embeddings "
-            "are alike.",
+            "help": 'Show the lines of this file (- is standard input; also JSON Lines with a "text") as points, near each '
+            "other where their embeddings are alike.",
             "metavar": "FILE|-",
             "type": "path",
             "group": EMBEDDINGS,
@@ -57,8 +57,8 @@ class EmbeddingMapSettings:
     embeddings: Literal["auto", "tokens", "sentences"] = field(
         default="auto",
         metadata={
-            "help": "tokens: rows of the embedding matrix; sentences: means of the model's last hidden states; auto is "
-            "tokens where every line is one word.",
+            "help": "tokens: rows of the embedding matrix; sentences: the vectors of `llmctl embed`; auto is tokens where every "
+            "line is one word.",
             "group": EMBEDDINGS,
         },
     )
