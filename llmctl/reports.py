@@ -85,8 +85,8 @@ def line(event: Event) -> str:
             )
         case Validated():
             bits = "" if event.bits_per_byte is None else f", {event.bits_per_byte:.4f} bits per byte"
-            right = "" if event.accuracy is None else f", {event.accuracy:.1%} right"
-            return f"step {event.step}  validation {event.loss:.4f} nats per {event.unit}{bits}{right}"
+            more = "".join(f", {name.replace('_', ' ')} {value:.4f}" for name, value in event.metrics.items())
+            return f"step {event.step}  validation {event.loss:.4f} {event.measure} per {event.unit}{bits}{more}"
         case Saved():
             return f"step {event.step}  saved {event.path}"
         case Finished():
@@ -109,8 +109,7 @@ def _dry_run_rows(found: dict) -> list[list[str]]:
 
 def _numbers(event: Trained | Validated) -> dict[str, float]:
     if isinstance(event, Validated):
-        named = {f"validation/{name}": getattr(event, name) for name in ("loss", "bits_per_byte", "accuracy")}
-        return {name: value for name, value in named.items() if value is not None}
+        return {f"validation/{name}": value for name, value in event.numbers.items()}
     kept = ("loss", "balance_loss", "lr", "grad_norm", "tokens_per_second", "mfu", "tokens")
     named = {f"train/{name}": getattr(event, name) for name in kept}
     return {name: value for name, value in named.items() if value is not None}

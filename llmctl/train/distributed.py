@@ -97,6 +97,15 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def gathered(values: list[T]) -> list[T]:
+    """The lists of all ranks, joined."""
+    if not dist.is_initialized():
+        return values
+    parts: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
 def any_rank(flag: bool) -> bool:
     """Whether it is true on any rank: all must stop together."""
     return bool(sum_over_ranks(torch.tensor(int(flag)))) if dist.is_initialized() else flag

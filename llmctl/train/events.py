@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,22 @@ class Trained:
 
 @dataclass(frozen=True)
 class Validated:
-    """`loss` in nats per `unit` over all held-out ones; bits per byte where the rows know their bytes; `accuracy` where the
-    objective knows right from wrong."""
+    """`loss` in `measure` per `unit` over all held-out ones; bits per byte where the rows know
+    their bytes; `metrics` of the objective's own by name ("accuracy", "spearman")."""
 
     step: int
     loss: float
     bits_per_byte: float | None
     seconds: float
+    measure: str = "nats"
     unit: str = "token"
-    accuracy: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All that was measured, by name."""
+        found = {"loss": self.loss, "bits_per_byte": self.bits_per_byte, **self.metrics}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -92,23 +92,24 @@ class Trainer:
         return torch.stack([loss, balance])
 
     @torch.no_grad()
-    def validate(self, batches: Iterable[Batch]) -> tuple[float, int, float | None]:
-        """(sum of nats, number of scored ones, how many of them are right) over all batches; ranks take turns.
+    def validate(self, batches: Iterable[Batch]) -> tuple[float, int, dict[str, float]]:
+        """(sum of losses, number of scored ones, metrics by name) over all batches; ranks take turns.
 
-        An objective that knows right from wrong gives a second row beside the losses; for others the last is None.
+        An objective with `metrics` gives rows beside the losses, and gets those of all batches.
         """
         self.objective.eval()
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
-        judges = False
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        beside = []
         for number, batch in enumerate(distributed.pad_to_ranks(batches)):
             if number % distributed.world_size() == distributed.rank():
                 with autocast(self.device, self.dtype):
-                    losses_N = self.objective(*batch.tensors(self.device))
-                judges = losses_N.dim() > 1
-                nats, n_right = losses_N.double().sum(-1) if judges else (losses_N.double().sum(), 0.0)
-                totals += torch.tensor([nats, batch.n_targets, n_right], device=self.device)
-        nats, count, n_right = distributed.sum_over_ranks(totals).tolist()
-        return nats, round(count), n_right if judges else None
+                    losses_N, *rows = torch.atleast_2d(self.objective(*batch.tensors(self.device)))
+                totals += torch.tensor([losses_N.double().sum(), batch.n_targets], device=self.device)
+                if rows:
+                    beside.append(torch.stack(rows).double().cpu())
+        nats, count = distributed.sum_over_ranks(totals).tolist()
+        scored = distributed.gathered(beside)
+        return nats, round(count), self.objective.metrics(torch.cat(scored, 1)) if scored and count else {}
 
     def _set_learning_rate(self) -> None:
         factor = self.schedule.factor(self.step_number, self.total_steps)

@@ -1,7 +1,9 @@
 """What training minimizes, each a module around the model, so that sharding gathers head and embedding around it.
 
 In training mode an objective gives the sum over a batch's targets, in eval mode the loss of each, without gradient; the
-trainer divides by the number of targets. `model` is the language model whose blocks are sharded and compiled one by one.
+trainer divides by the number of targets. One that has `metrics(rows_KN) -> {name: number}` gives in eval mode K more rows
+beside the losses, which it gets back of the whole validation; `measure` names a loss that is not in nats. `model` is the
+language model whose blocks are sharded and compiled one by one.
 """
 
 from __future__ import annotations

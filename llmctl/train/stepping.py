@@ -86,9 +86,7 @@ class Stepping:
         yield from self.save()
         metrics = {"step": step, "tokens": step * self.plan.tokens_per_step}
         for validated in self._validate(stop):
-            metrics |= {
-                f"validation_{name}": getattr(validated, name) for name in ("loss", "bits_per_byte", "accuracy")
-            }
+            metrics |= {f"validation_{name}": value for name, value in validated.numbers.items()}
             yield validated
         distributed.on_first(self._write_lineage, metrics)
         yield Finished(step, str(self._directory.path), self._elapsed())
@@ -146,7 +144,7 @@ class Stepping:
         if self.feed.val is None:
             return
         started = time.perf_counter()
-        nats, n_scored, n_right = self.trainer.validate(_until(stop, self.feed.validation_batches()))
+        nats, n_scored, metrics = self.trainer.validate(_until(stop, self.feed.validation_batches()))
         if not n_scored:
             return
         n_bytes = self.feed.val.n_bytes
@@ -156,8 +154,9 @@ class Stepping:
                 loss=nats / n_scored,
                 bits_per_byte=nats / math.log(2) / n_bytes if n_bytes else None,
                 seconds=time.perf_counter() - started,
+                measure=getattr(self.trainer.objective, "measure", "nats"),
                 unit=self.feed.val.unit,
-                accuracy=None if n_right is None else n_right / n_scored,
+                metrics=metrics,
             )
         )
 
@@ -168,7 +167,9 @@ class Stepping:
 
     def _recorded(self, event: E) -> E:
         kind = "train" if isinstance(event, Trained) else "validation"
-        distributed.on_first(self._directory.append_metrics, {"event": kind, **asdict(event)})
+        record = {"event": kind, **asdict(event)}
+        record |= record.pop("metrics", {})
+        distributed.on_first(self._directory.append_metrics, record)
         return event
 
     def _write_lineage(self, metrics: dict[str, Any]) -> None:
