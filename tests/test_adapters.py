@@ -157,6 +157,7 @@ def test_pissa_keeps_the_model_and_takes_its_largest_directions(base):
     torch.testing.assert_close(torch.linalg.svdvals(module.base.weight)[0], whole[4])
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("parallel", [False, True])
 def test_bottleneck_adapters_come_back(base, tmp_path, parallel):
     _, path = base
