@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 6
+#define LLMCTL_ABI 7
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -142,6 +142,25 @@ LLMCTL_API int llmctl_rms_norm(int32_t dtype, const void* x, int64_t x_stride, c
 LLMCTL_API int llmctl_rotate(int32_t dtype, const void* x, const int64_t* x_strides, const void* cos, const void* sin,
                              const int64_t* table_strides, void* out, const int64_t* out_strides,
                              const int64_t* sizes, int64_t dims);
+
+/* Draws a token for each row of scores [n_rows, n_tokens]: of the scores over the temperature, those that top_k (0: all),
+ * then top_p (1: all), then log_min_p below the highest (-infinity: all) leave; ties with the last one kept are kept. The
+ * token with the largest sum of score and Gumbel noise wins; its noise comes from Philox4x32-10 with the seed as the key
+ * and the counter (token / 4, position, sequence, 0), of which token % 4 picks the word. A greedy row takes the largest
+ * score, the first of equals. The token of a row with NaN is -1. */
+typedef struct {
+    const float* scores;
+    int64_t n_rows, n_tokens, scores_stride;
+    const float* temperature;
+    const int64_t* top_k;
+    const double* top_p;
+    const float* log_min_p;
+    const uint8_t* greedy;
+    const int64_t* seeds;
+    const int64_t* sequences;
+    int64_t position;
+} llmctl_sample_args;
+LLMCTL_API int llmctl_sample(const llmctl_sample_args* args, int64_t* tokens);
 
 /* Cross-entropy of each row of logits [n_rows, n_columns] (contiguous) with its target, plus z_loss * log(Z)^2, into
  * losses [n_rows]; the logits are overwritten with the gradient of the summed losses. A negative target is not

@@ -3,6 +3,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/linear.h"
+#include "cpu/sampling.h"
 
 namespace llmctl {
 
@@ -20,6 +21,7 @@ struct Kernels {
     ActivationKernel activation_f32, activation_bf16;
     RmsNormKernel rms_norm_f32, rms_norm_bf16;
     RotateKernel rotate_f32, rotate_bf16;
+    SamplingKernels sampling;
 };
 
 // Each defined in the file of its name, which alone is compiled for that instruction set.

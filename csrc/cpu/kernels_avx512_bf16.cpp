@@ -4,6 +4,7 @@
 #include "cpu/linear_tile.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rotate.h"
+#include "cpu/sampling_scans.h"
 #include "cpu/simd/avx512_bf16.h"
 
 const llmctl::Kernels llmctl::avx512_bf16_kernels = {
@@ -17,4 +18,5 @@ const llmctl::Kernels llmctl::avx512_bf16_kernels = {
     rms_norm_row<Avx512, Bf16>,
     rotate_head<Avx512, float>,
     rotate_head<Avx512, Bf16>,
+    sampling_kernels<Avx512>,
 };

@@ -4,6 +4,7 @@
 #include "cpu/linear_tile.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rotate.h"
+#include "cpu/sampling_scans.h"
 #include "cpu/simd/scalar.h"
 
 const llmctl::Kernels llmctl::scalar_kernels = {
@@ -17,4 +18,5 @@ const llmctl::Kernels llmctl::scalar_kernels = {
     rms_norm_row<Scalar, Bf16>,
     rotate_head<Scalar, float>,
     rotate_head<Scalar, Bf16>,
+    sampling_kernels<Scalar>,
 };

@@ -32,7 +32,7 @@ def philox4x32(counters: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 def uniform(seeds_B: torch.Tensor, sequences_B: torch.Tensor, position: int, count: int) -> torch.Tensor:
-    """Float32 [B, count] in (0, 1): one number for each token id at this position of each sequence.
+    """Float64 [B, count] in (0, 1): one number for each token id at this position of each sequence.
 
     `seeds_B` int64, of which all 64 bits count (as the key); `sequences_B` int64 below 2^32. The counter is
     (token id // 4, position, sequence, 0), and token id % 4 picks the word.
@@ -45,8 +45,8 @@ def uniform(seeds_B: torch.Tensor, sequences_B: torch.Tensor, position: int, cou
             for seeds_R, sequences_R in zip(seeds_B.split(rows_at_once), sequences_B.split(rows_at_once), strict=True)
         ]
     )
-    # The half keeps zero out; the largest words round to 1, where a logarithm of 1 - u would be infinite.
-    return words[:, :count].double().add_(0.5).mul_(2.0**-32).float().clamp_(max=1 - 2.0**-24)
+    # The half keeps 0 and 1 out.
+    return words[:, :count].double().add_(0.5).mul_(2.0**-32)
 
 
 def _words(seeds_B: torch.Tensor, sequences_B: torch.Tensor, position: int, blocks: int) -> torch.Tensor:
@@ -59,6 +59,8 @@ def _words(seeds_B: torch.Tensor, sequences_B: torch.Tensor, position: int, bloc
 
 
 def gumbel(seeds_B: torch.Tensor, sequences_B: torch.Tensor, position: int, count: int) -> torch.Tensor:
-    """Standard Gumbel noise, float32 [B, count]: -log of an exponential variable."""
-    # log1p of small u keeps full relative precision where it matters, at the rare large values that win.
+    """Standard Gumbel noise, float64 [B, count]: -log of an exponential variable.
+
+    In double precision, so that the winner of a race is the same wherever logarithms are rounded another way.
+    """
     return -torch.log(-torch.log1p(-uniform(seeds_B, sequences_B, position, count)))

@@ -17,6 +17,7 @@ import torch
 from llmctl.generation import philox
 from llmctl.generation.rules import Rules
 from llmctl.generation.settings import Sampling
+from llmctl.ops import sampling
 
 
 @dataclass
@@ -53,15 +54,33 @@ class Sampler:
         """The next token of each row from its logits (any float dtype)."""
         logits_BV = logits_BV.float()
         scores_BV = self.rules.apply(logits_BV)
-        tokens_B = scores_BV.argmax(-1)
-        if self._any_random:
-            drawn_B = self._race(self.filtered(scores_BV))
-            tokens_B = torch.where(self._is_greedy_B, tokens_B, drawn_B)
+        if sampling.applies(scores_BV):
+            drawn_B = sampling.sample(
+                scores_BV,
+                temperature_B=self._temperature_B1.squeeze(1),
+                top_k_B=self._top_k_B1.squeeze(1),
+                top_p_B=self._top_p_B1.squeeze(1),
+                log_min_p_B=self._log_min_p_B1.squeeze(1),
+                is_greedy_B=self._is_greedy_B,
+                seeds_B=self._seeds_B,
+                sequences_B=self._sequences_B,
+                position=self.rules.position,
+            )
+        else:
+            drawn_B = self._drawn(scores_BV)
+        tokens_B = drawn_B.clamp(min=0)
         self.rules.remember(tokens_B)
         draw = self._with_logprobs(tokens_B, logits_BV)
-        # argmax settles on a NaN where there is one
-        draw.tokens_B = torch.where(scores_BV.gather(1, tokens_B[:, None]).squeeze(1).isnan(), -1, tokens_B)
+        draw.tokens_B = drawn_B
         return draw
+
+    def _drawn(self, scores_BV: torch.Tensor) -> torch.Tensor:
+        """The tokens, -1 where scores are NaN."""
+        tokens_B = scores_BV.argmax(-1)
+        if self._any_random:
+            tokens_B = torch.where(self._is_greedy_B, tokens_B, self._race(self.filtered(scores_BV)))
+        # argmax settles on a NaN where there is one
+        return torch.where(scores_BV.gather(1, tokens_B[:, None]).squeeze(1).isnan(), -1, tokens_B)
 
     def filtered(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Logits over temperature, and -inf for every token that top-k, top-p or min-p rules out."""

@@ -64,6 +64,10 @@ struct Avx2 {
     static LLMCTL_INLINE Vec zero_below(Vec x, Vec y, Vec limit) {
         return _mm256_and_ps(_mm256_cmp_ps(y, limit, _CMP_NLT_UQ), x);
     }
+    static LLMCTL_INLINE bool any_at_least(Vec a, Vec b) {
+        return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)) != 0;
+    }
+    static LLMCTL_INLINE bool any_nan(Vec a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
     static LLMCTL_INLINE float highest(Vec x) {
         __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
         half = _mm_max_ps(half, _mm_movehl_ps(half, half));

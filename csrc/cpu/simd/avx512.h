@@ -53,6 +53,8 @@ struct Avx512 {
     static LLMCTL_INLINE Vec zero_below(Vec x, Vec y, Vec limit) {
         return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, limit, _CMP_NLT_UQ), x);
     }
+    static LLMCTL_INLINE bool any_at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ) != 0; }
+    static LLMCTL_INLINE bool any_nan(Vec a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
     static LLMCTL_INLINE float highest(Vec x) { return _mm512_reduce_max_ps(x); }
     static LLMCTL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

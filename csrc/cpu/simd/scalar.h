@@ -73,6 +73,16 @@ struct Scalar {
     static LLMCTL_INLINE Vec zero_below(Vec x, Vec y, Vec limit) {
         return each([&](int i) { return y.lane[i] < limit.lane[i] ? 0.0f : x.lane[i]; });
     }
+    static LLMCTL_INLINE bool any_at_least(Vec a, Vec b) {
+        bool found = false;
+        for (int i = 0; i < lanes; ++i) found |= a.lane[i] >= b.lane[i];
+        return found;
+    }
+    static LLMCTL_INLINE bool any_nan(Vec a) {
+        bool found = false;
+        for (int i = 0; i < lanes; ++i) found |= a.lane[i] != a.lane[i];
+        return found;
+    }
     static LLMCTL_INLINE float highest(Vec x) {
         const float a = x.lane[0] > x.lane[1] ? x.lane[0] : x.lane[1];
         const float b = x.lane[2] > x.lane[3] ? x.lane[2] : x.lane[3];
