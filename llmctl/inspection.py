@@ -116,6 +116,8 @@ def _describe_model(path: Path) -> dict[str, Any]:
         "d_model": config.d_model,
         **sizes(config),
         "layers": description.blocks(config),
+        "n_encoder_layers": config.encoder and config.encoder.n_layers,
+        "encoder_layers": config.encoder and description.blocks(config.encoder),
         "head": description.head(config),
         "vocab_size": config.vocab_size,
         "context": config.max_positions,
@@ -124,12 +126,11 @@ def _describe_model(path: Path) -> dict[str, Any]:
 
 
 def _part_of(name: str, mixer: str) -> str:
-    inner = name.split(".")
+    inner = name.removeprefix("encoder.").split(".")
     if inner[0] == "layers":
         return {"mixer": mixer, "cross": "cross-attention", "ffn": "feed-forward"}.get(inner[2], "norms")
-    return {"embed_tokens": "embedding", "embed_positions": "positions", "lm_head": "head", "classifier": "head"}.get(
-        inner[0], "norms"
-    )
+    outer = {"embed_tokens": "embedding", "embed_positions": "positions", "relative_bias": "positions"}
+    return {**outer, "lm_head": "head", "classifier": "head"}.get(inner[0], "norms")
 
 
 def _describe_storage(stored: TensorFiles) -> dict[str, Any]:

@@ -121,6 +121,24 @@ def test_the_memory_is_projected_once(reference):
     assert len(calls) == len(model.layers)
 
 
+def test_beams_share_their_source(reference):
+    model = reference.ours()
+    cache, inputs_BT = model.begin([[5, 6, 7], [8, 9]], [[START], [START]], 4)
+    with torch.no_grad():
+        model.hidden(inputs_BT, cache=cache)
+        keys, _ = cache.memory.keys_and_values(0, None)
+        cache.select(torch.tensor([0, 0, 0, 1, 1, 1]))
+        cache.select(torch.tensor([2, 0, 1, 5, 5, 3]))
+        assert cache.memory.keys_and_values(0, None)[0] is keys
+        tokens_B1 = torch.tensor([[4], [5], [6], [7], [8], [9]])
+        both = model.hidden(tokens_B1, cache=cache)
+        cache.select(torch.tensor([3, 4]))
+        assert len(cache.memory.hidden_BSD) == 1
+        alone, _ = model.begin([[8, 9]], [[START]], 4)
+        model.hidden(inputs_BT[1:], cache=alone)
+        assert (model.hidden(tokens_B1[3:4], cache=alone) - both[3:4]).abs().max() < CLOSE
+
+
 def test_padding_on_either_side_changes_nothing(reference):
     model, n = reference.ours(), 5
     source, target = checks.token_ids(VOCAB, 1, 12), checks.token_ids(VOCAB, 1, 9, seed=3)

@@ -64,9 +64,11 @@ class CrossAttention(Attention):
     """Queries of a decoder; keys and values of what an encoder made of the source."""
 
     def forward(self, x_BTD: torch.Tensor, context: Context) -> torch.Tensor:
-        q_BHTK = self._normalized_heads(self.q_proj(x_BTD), self.q_norm)
         k_BGSK, v_BGSK = context.memory.keys_and_values(self.layer, self._project)
-        return self._attend(q_BHTK, k_BGSK, v_BGSK, context.memory_visibility, context)
+        # Order is nothing to these queries: the tokens of rows that share a source are further ones of the same row.
+        queries_BTD = x_BTD.reshape(len(k_BGSK), -1, x_BTD.shape[-1])
+        q_BHTK = self._normalized_heads(self.q_proj(queries_BTD), self.q_norm)
+        return self._attend(q_BHTK, k_BGSK, v_BGSK, context.memory_visibility, context).view_as(x_BTD)
 
     def _project(self, hidden_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         k_BGSK = self._normalized_heads(self.k_proj(hidden_BSD), self.k_norm)

@@ -332,7 +332,8 @@ _SIZES = ("n_heads", "n_kv_heads", "head_dim", "window", "d_inner", "d_state", "
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Floating-point operations to train on one token: 6 per weight in a matrix product, and attention.
 
-    The PaLM appendix's count (arXiv:2204.02311, B), with causal attention halved because half of the scores are masked.
+    The PaLM appendix's count (arXiv:2204.02311, B), with causal attention halved because half of the scores are masked. Of an
+    encoder-decoder both stacks are counted for each token, which is the most that it may cost.
     """
     embedding = config.vocab_size * config.d_model
     matrices = parameter_count(config, active=True) - (
