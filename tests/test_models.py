@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -172,3 +174,14 @@ def test_a_model_whose_file_goes_away_goes_on(tmp_path):
     mapped = load_model(tmp_path)
     os.remove(tmp_path / "model.safetensors")
     assert torch.equal(mapped(torch.arange(9)[None]), model(torch.arange(9)[None]))
+
+
+def test_a_first_token_does_not_wait_for_the_compiler(tmp_path):
+    save_model(new_model(read(), seed=0), tmp_path)
+    program = """if True:
+        import sys, torch, llmctl.generation.session
+        from llmctl.models.loading import load_model
+        load_model(sys.argv[1])(torch.arange(9)[None])
+        sys.exit("torch._dynamo" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", program, tmp_path], check=False).returncode == 0

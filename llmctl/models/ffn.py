@@ -44,6 +44,8 @@ class GatedMlp(nn.Module):
 class Moe(nn.Module):
     """Each token through the experts that its router scores highest, weighted by the router's softmax."""
 
+    compiles = False  # how many tokens an expert gets shows only as it runs
+
     def __init__(self, spec: config.Moe, d_model: int):
         super().__init__()
         self.spec = spec

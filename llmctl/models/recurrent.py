@@ -14,6 +14,8 @@ _State = tuple[torch.Tensor, ...]
 class Recurrent(nn.Module):
     """h_t = cell(x_t, h_(t-1)); the parameters are those of one layer of torch.nn.LSTM or torch.nn.GRU."""
 
+    compiles = False
+
     def __init__(self, spec: config_recurrent.Recurrent, d_model: int, layer: int, *_: object):
         super().__init__()
         self.spec, self.layer = spec, layer
@@ -33,7 +35,6 @@ class Recurrent(nn.Module):
             entry.replace(*state)
         return y_BTD
 
-    @torch.compiler.disable
     def _run(self, x_BTD: torch.Tensor, state: _State) -> tuple[torch.Tensor, _State]:
         weights = [self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh]
         state = tuple(t.unsqueeze(0).contiguous() for t in state)

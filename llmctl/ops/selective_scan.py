@@ -15,7 +15,6 @@ ELEMENTS = 1 << 20
 """Of a block's expanded tensors, about: several of them (4 MB each) share the cache."""
 
 
-@torch.compiler.disable
 def selective_scan(
     x_BTD: torch.Tensor,
     dt_BTD: torch.Tensor,

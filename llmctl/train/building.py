@@ -9,7 +9,6 @@ from torch import nn
 
 from llmctl.errors import UserError
 from llmctl.models.config import ModelConfig, parameter_count, sizes
-from llmctl.models.ffn import Moe
 from llmctl.quantities import format_count, format_size
 from llmctl.train import distributed, hardware, optim
 from llmctl.train.loop import Trainer
@@ -71,7 +70,8 @@ def _compile_blocks(model: nn.Module, device: torch.device) -> bool:
         log.warning("torch.compile does not work here (%s); training goes on without it", str(error).splitlines()[0])
         return False
     for module in model.modules():
-        if isinstance(module, Moe):  # how many tokens an expert gets shows only as it runs
+        # Marked, not decorated: torch's decorator imports the compiler, which a first token need not wait for.
+        if not getattr(module, "compiles", True):
             module.forward = torch.compiler.disable(module.forward)
     for stack in model.stacks():
         for block in stack.layers:
