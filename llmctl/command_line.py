@@ -9,7 +9,7 @@ import shlex
 
 import click
 
-from llmctl.errors import CalledWrongly, UserError
+from llmctl.errors import CalledWrongly, UserError, did_you_mean
 from llmctl.flag_sources import flag_names
 from llmctl.pipeline import CommandLine
 from llmctl.recipe import Step, checked_keys
@@ -21,7 +21,8 @@ def command_line(step: Step, program: click.Group, parent: click.Context, where:
     """Type and check a recipe's step now, so that the third step's typing error does not wait for the first two."""
     command = program.get_command(parent, step.command)
     if command is None:
-        raise CalledWrongly(f"{where}: no such command: {step.command}", hint="llmctl --help lists the commands")
+        hint = did_you_mean(step.command, program.list_commands(parent)) or "llmctl --help lists the commands"
+        raise CalledWrongly(f"{where}: no such command: {step.command}", hint=hint)
     names = flag_names(command)
     given = checked_keys(step.flags, names, where)
     values = {names[key]: value for key, value in given.items()}

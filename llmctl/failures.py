@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import select
 import sys
 
 import click
 
 from llmctl.errors import Interrupted, UserError, did_you_mean
+from llmctl.quantities import format_size
 
 # Flags that lower the memory a command needs, the most effective first.
 _MEMORY_FLAGS = ("micro_batch_size", "batch_size", "seq_len", "dtype", "activation_checkpointing", "workers")
@@ -48,7 +50,7 @@ def _explain(error, ctx) -> tuple[str, str | None, int, bool]:
     if isinstance(error, click.ClickException):
         return f"error: {_sentence(error)}", _usage_hint(error), error.exit_code, True
     if _is_out_of_memory(error):
-        return f"error: out of memory: {_first_line(error)}", _memory_hint(ctx), 1, True
+        return f"error: out of memory{_wanted(error)}", _memory_hint(ctx), 1, True
     if isinstance(error, OSError):
         return f"error: {_describe_os_error(error)}", None, 1, True
     return f"error: unexpected {type(error).__name__}: {_first_line(error)}", None, 1, False
@@ -98,6 +100,15 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def _wanted(error: BaseException) -> str:
+    """How much the allocation asked for that failed, in the words of torch or numpy."""
+    found = re.search(r"to allocate ([\d.]+) (\w+)", str(error))
+    if found is None:
+        return ""
+    amount = format_size(int(found[1])) if found[2] == "bytes" else f"{found[1]} {found[2]}"
+    return f": {amount} more were needed"
+
+
 def _memory_hint(ctx: click.Context | None) -> str:
     command = ctx.meta.get("llmctl.command") if ctx else None
     names = {param.name for param in command.params} if command else set()
@@ -110,6 +121,8 @@ def _describe_os_error(error: OSError) -> str:
         return f"disk full while writing {error.filename or 'the output'}"
     reason = (error.strerror or _first_line(error)).lower()
     names = [os.fspath(name) for name in (error.filename, error.filename2) if isinstance(name, (str, os.PathLike))]
+    # What is written beside its name until it is complete is known to a person by that name.
+    names = [re.sub(r"\.([^/]+)\.partial-[0-9a-f]+", r"\1", name) for name in names]
     return ": ".join([*names, reason])
 
 

@@ -32,7 +32,7 @@ def staged_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bi
     """
     target = Path(path).absolute()
     refuse_existing(path, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(target.parent)
     _remove_abandoned(target)
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     try:
@@ -80,7 +80,7 @@ def staged_directory(path: str | os.PathLike, overwrite: bool = False) -> Iterat
     """
     target = Path(path).absolute()
     refuse_existing(path, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_directory(target.parent)
     _remove_abandoned(target)
     stage = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     stage.mkdir()
@@ -154,6 +154,13 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CalledWrongly(f"{error.filename}: is a file, so nothing can be written into it") from error
 
 
 def _remove_abandoned(target: Path) -> None:

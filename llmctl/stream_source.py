@@ -50,13 +50,20 @@ class SequentialSource:
         # In pieces, so that a damaged length ends as a short read and not as an allocation of that length.
         while missing > 0 and (part := self._source.read(min(missing, _PIECE))):
             if self._copy_to is not None:
-                self._copy_to.write(part)
+                self._copy(part)
             parts.append(part)
             missing -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
         self.closed = True
+
+    def _copy(self, part: bytes) -> None:
+        try:
+            self._copy_to.write(part)
+        except OSError as error:  # not to be taken for a failure of the source
+            place = os.path.dirname(self._copy_to.name)
+            raise UserError(f"{self.name}: cannot be copied to {place}: {error.strerror.lower()}") from error
 
 
 def open_mapped(path: str | os.PathLike) -> pa.MemoryMappedFile:

@@ -339,6 +339,8 @@ def test_a_row_that_cannot_be_is_named(llmctl, checkpoint, line, complaint):
         (["MODEL"], "", 1, "standard input is empty"),
         (["MODEL", "--jsonl"], "", 1, "standard input is empty"),
         (["MODEL", "-"], b"ab\xff", 1, "not UTF-8: byte 0xff at offset 2"),
+        (["MODEL", "ab\udcff"], "", 1, "the prompt is not UTF-8: byte 0xff at offset 2"),
+        (["MODEL", "--jsonl"], '{"prompt": "é\\ud83d"}', 1, "line 1 has half of a surrogate pair at character 1"),
         (["-", "-"], "", 2, "give --prompt"),
         (["-", "-p", "a"], "", 1, "a checkpoint path was expected"),
         (["MODEL", "a", "-p", "b"], "", 2, "one of them is enough"),

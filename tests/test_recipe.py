@@ -178,7 +178,7 @@ def test_flags_of_a_recipe_yield_to_the_environment_and_to_set(llmctl, programs,
         ("show: {lrr: 1}", "r.yaml: step 2: unknown key 'lrr'"),
         ("show: {lr: [1, 2]}", "r.yaml: step 2: 'learning_rate' expects one value, got 2"),
         ("show: {bf16: maybe}", "r.yaml: step 2: --bf16: expected on or off, got 'maybe'"),
-        ("shwo: {}", "r.yaml: step 2: no such command: shwo"),
+        ("shwo: {}", "r.yaml: step 2: no such command: shwo\nhint: did you mean show?"),
         ("copy: {files: '*.nothing'}", "*.nothing: no file matches"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from llmctl import streams
 from llmctl.errors import UserError
+from llmctl.stream_source import SequentialSource
 from llmctl.streams import TokenStreamWriter, read_stream
 from llmctl.tokenizer import Tokenizer
 
@@ -252,3 +254,15 @@ def test_datasets_opens_the_file_as_it_is(tmp_path):
     assert dataset["input_ids"][:] == [[1, 2], [], [3]]
     assert dataset["split"][:] == ["train", "train", "val"]
     assert dataset["loss_mask"][:] == [[False, True], [], [False]]
+
+
+def test_a_disk_that_fills_while_a_pipe_is_copied_is_no_fault_of_the_stream(tmp_path):
+    copy = SimpleNamespace(name=str(tmp_path / "copy.arrow"))
+
+    def no_room(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    copy.write = no_room
+    source = SequentialSource(io.BytesIO(stream_of([[[1, 2]]])), copy_to=copy)
+    with pytest.raises(UserError, match=f"standard input: cannot be copied to {tmp_path}: no space left on device"):
+        list(read_stream(source))

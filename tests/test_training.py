@@ -331,6 +331,7 @@ def test_refused_starts_leave_nothing_behind(tmp_path, tokens, write_tokens, som
         ([tokens], {"preset": "gpt2"}, CalledWrongly, "--params and --preset"),
         ([tokens], {"params": None, "preset": "tinyllama", "family": "gpt2"}, CalledWrongly, "--family gpt2"),
         ([tokens], {"params": 10**12}, UserError, "out of memory: .* parameters .* are free"),
+        ([tokens], {"batch_size": 10**10}, UserError, "out of memory: 10000000000 sequences at once .* are free"),
     ):
         if changes.get("device") == "cuda" and torch.cuda.is_available():
             continue

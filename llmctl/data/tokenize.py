@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from llmctl import allocator
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from llmctl.tokenizer import Tokenizer
 
 READ_AHEAD = 4  # chunks
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 log = logging.getLogger("llmctl")
 
@@ -102,9 +104,19 @@ def _check_outputs(output: str | os.PathLike | BinaryIO, settings: TokenizeSetti
     is_directory = isinstance(output, (str, os.PathLike)) and not is_one_file(output)
     if settings.shard_tokens and not is_directory:
         raise CalledWrongly("--shard-tokens needs a directory as --output", hint="a name ending in .arrow is one file")
-    for path in (output, settings.save_tokenizer):
+    for path, ours in ((output, ["shard-*.arrow"]), (settings.save_tokenizer, TOKENIZER_FILES)):
         if isinstance(path, (str, os.PathLike)):
             refuse_existing(path, settings.overwrite)
+            _refuse_loss(Path(path), ours)
+
+
+def _refuse_loss(path: Path, ours: Sequence[str]) -> None:
+    """--overwrite replaces a whole directory, so there must be nothing in it but what this command writes."""
+    for entry in path.iterdir() if path.is_dir() else ():
+        if not any(entry.match(pattern) for pattern in ours):
+            raise CalledWrongly(
+                f"{path}: holds {entry.name} too, which --overwrite would delete", "choose another name"
+            )
 
 
 def _val_start(reader: DocumentReader, fraction: float, report: Report) -> int:
@@ -153,11 +165,11 @@ def _train_tokenizer(
 
 def _sample(reader: DocumentReader, limit: int, report: Report) -> Iterator[str]:
     """The texts up to byte `limit`."""
-    done = 0
+    done, total = 0, min(limit, reader.known_size() or limit)
     for chunk in takewhile(lambda chunk: chunk.split == TRAIN, chunked(reader, limit)):
         yield from (text.decode() for text in chunk.texts)
         done += chunk.n_bytes
-        report(Progress("learn", done, limit))
+        report(Progress("learn", done, total))
 
 
 def _progress(reader: DocumentReader, writer: ShardWriter) -> Progress:

@@ -16,8 +16,9 @@ from llmctl.tokenizer import Tokenizer
 BATCHES_PER_WINDOW = 32  # prompts are sorted within so many batches: enough for equal lengths, few enough to stream
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, text: str, name: str = "the prompt") -> list[int]:
     """Ids of a prompt by the tokenizer's own rule for special tokens; an empty one begins a new text."""
+    refuse_what_is_no_text(text, name)
     ids = tokenizer.encode(text)
     if ids:
         return ids
@@ -25,6 +26,17 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     if start is None:
         raise UserError("the prompt is empty and the tokenizer has neither a BOS nor an EOS token to begin with")
     return [start]
+
+
+def refuse_what_is_no_text(text: str, name: str) -> None:
+    """Raise `UserError` for bytes that an argument brought and for half a surrogate pair, which no UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code, offset = ord(text[error.start]), len(text[: error.start].encode())
+        if 0xDC80 <= code <= 0xDCFF:
+            raise UserError(f"{name} is not UTF-8: byte {code - 0xDC00:#04x} at offset {offset}") from error
+        raise UserError(f"{name} has half of a surrogate pair at character {error.start}") from error
 
 
 def prepare(

@@ -71,7 +71,7 @@ class Session:
         """A completion of `prompt` by the settings of the first layer that has each, then by the checkpoint's."""
         return prepare(
             self.model,
-            encode_prompt(self.tokenizer, prompt),
+            encode_prompt(self.tokenizer, prompt, name),
             resolve(*layers, self.recommended),
             sequence=sequence,
             marks=self.marks,

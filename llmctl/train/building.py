@@ -62,6 +62,19 @@ def check_memory(config: ModelConfig, optimizer: str, device: torch.device) -> N
         )
 
 
+def check_micro_batch(config: ModelConfig, plan: Plan, settings: RunSettings, device: torch.device) -> None:
+    """Refuse what cannot be held at once: of every token at least what its gradient needs of each block's input."""
+    rows = min(plan.micro_batch_size or plan.batch_size, plan.batch_size // distributed.world_size())
+    bytes_per_value = 4 if settings.activation_checkpointing else 16
+    needed = rows * plan.seq_len * config.n_layers * config.d_model * bytes_per_value
+    free = hardware.free_memory(device)
+    if free is not None and needed > free:
+        raise UserError(
+            f"out of memory: {rows} sequences at once need more than {format_size(needed)}, {format_size(free)} are free",
+            hint="choose a smaller --micro-batch-size, or --activation-checkpointing",
+        )
+
+
 def _compile_blocks(model: nn.Module, device: torch.device) -> bool:
     """torch.compile every block (they share one compilation); False, with a notice, where no compiler works."""
     try:

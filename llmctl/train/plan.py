@@ -86,9 +86,10 @@ def resumed_settings(settings: S, plan: Plan, given: frozenset[str]) -> S:
     recorded = {key: tuple(v) if isinstance(v, list) else v for key, v in plan.settings.items() if key in known}
     for name in sorted(given & known - _FREE_TO_CHANGE):
         if getattr(settings, name) != recorded[name]:
-            flag = "--" + name.replace("_", "-")
+            flag, value = "--" + name.replace("_", "-"), recorded[name]
+            has = "was started without it" if value is None else f"has {value}"
             raise CalledWrongly(
-                f"{flag} {getattr(settings, name)}: the run to resume has {recorded[name]}",
+                f"{flag} {getattr(settings, name)}: the run to resume {has}",
                 hint="leave the flag out to go on, or start anew with --overwrite",
             )
     now = {name: getattr(settings, name) for name in given & _FREE_TO_CHANGE}

@@ -160,6 +160,7 @@ class Run:
         plan.rows_per_epoch = feed.train.rows_per_epoch
         plan.total_steps = plan.total_steps or fixed_steps(settings, plan)
         trainer = task.make_trainer(plan, self.device, latest)
+        building.check_micro_batch(task.config, plan, settings, self.device)
         self.stepping = Stepping(task, plan, feed, trainer, self.directory, self.device, self.began)
 
     def _go_on(self, latest: Path | None) -> None:

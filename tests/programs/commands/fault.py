@@ -27,6 +27,7 @@ FAULTS = {
     "disk-full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors"),
     "missing-file": FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "corpus.txt"),
     "memory": MemoryError("Unable to allocate 9 GiB"),
+    "cpu-memory": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 218103808 bytes."),
     "torch-memory": OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     "other-pipe": BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)),
 }
