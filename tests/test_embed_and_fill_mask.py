@@ -24,7 +24,7 @@ T5 = dict(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, pad_token_id=
 
 @pytest.fixture(scope="module")
 def tokenizer(some_texts) -> Tokenizer:
-    return Tokenizer.train_bpe(some_texts, 300, for_encoder=True)
+    return Tokenizer.train_bpe(some_texts, 300, special_tokens="encoder")
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ SHAPE = ("--params", "60k", "--seq-len", "32", "--batch-size", "8", "--precision
 
 @pytest.fixture(scope="module")
 def tokenizer(some_texts) -> Tokenizer:
-    return Tokenizer.train_bpe([*some_texts, "Unquestionably, unbelievably."], 320, for_encoder=True)
+    return Tokenizer.train_bpe([*some_texts, "Unquestionably, unbelievably."], 320, special_tokens="encoder")
 
 
 @pytest.fixture(scope="module")

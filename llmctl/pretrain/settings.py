@@ -43,7 +43,7 @@ class PretrainSettings(RunSettings, CorruptionSettings, MaskingSettings, ShapeSe
     isolate_documents: bool = flag(True, "Tokens attend to their own document only when several share a row.", SPEED)
     learning_rate: float | None = flag(
         None,
-        "Peak rate; by default 0.02 (muon) or 0.003 (adamw) at width 128, less for wider models.",
+        "Peak rate; by default 0.02 (muon) or 0.003 (adamw) at width 128, less for wider models and deep post-norm ones.",
         OPTIMIZER,
         flags=["--lr"],
         above=0,
