@@ -157,6 +157,22 @@ def test_pissa_keeps_the_model_and_takes_its_largest_directions(base):
     torch.testing.assert_close(torch.linalg.svdvals(module.base.weight)[0], whole[4])
 
 
+def test_a_pissa_adapter_belongs_to_the_whole_base(base, tmp_path):
+    _, path = base
+    ours, method = load_model(path), methods.Lora(rank=20, init="pissa")
+    adapter.attach(ours, method)
+    randomize(ours)
+    (tmp_path / "adapter").mkdir()
+    adapter.save(ours, method, tmp_path / "adapter", str(path))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    again = load_model(path)
+    adapter.load(again, tmp_path / "adapter")
+    with torch.no_grad():
+        assert (theirs(IDS).logits - ours(IDS)).abs().max() < 1e-4
+        assert (again(IDS) - ours(IDS)).abs().max() < 1e-4
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("parallel", [False, True])
 def test_bottleneck_adapters_come_back(base, tmp_path, parallel):

@@ -61,7 +61,7 @@ def sha(path):
 IDS = torch.randint(0, 250, (2, 30), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize("method", ["full", "freeze", "lora", "adapter", "ia3", "prompt", "prefix"])
+@pytest.mark.parametrize("method", ["full", "freeze", "lora", "qlora", "adapter", "ia3", "prompt", "prefix"])
 def test_each_method_leaves_what_others_load(base, chats, tmp_path, method):
     flags = ["--train-layers", "-1:"] if method == "freeze" else []
     done = finetune(base, chats, "-o", tmp_path / "out", "--method", method, *flags, *SHORT)

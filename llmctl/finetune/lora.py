@@ -28,6 +28,8 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, n_in, device=device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
         self.magnitude = nn.Parameter(torch.empty(n_out, device=device)) if dora else None
+        self.taken: tuple[torch.Tensor, torch.Tensor] | None = None
+        """A and B of what the base has less than its file (PiSSA)."""
 
     in_features = property(lambda self: self.base.in_features)
     out_features = property(lambda self: self.base.out_features)
@@ -47,6 +49,13 @@ class LoraLinear(nn.Module):
             return self.base(x_BTD) + added_BTF
         bias = 0.0 if self.base.bias is None else self.base.bias
         return (self.base(x_BTD) - bias + added_BTF) * self._stretch().to(x_BTD.dtype) + bias
+
+    def against_file(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [rank, in] and B [out, rank] of the change from the matrix in the base's file: twice the rank after PiSSA."""
+        if self.taken is None:
+            return self.lora_A, self.lora_B
+        taken_A, taken_B = (tensor.to(self.lora_A.device) for tensor in self.taken)
+        return torch.cat([self.lora_A, taken_A]), torch.cat([self.lora_B, -taken_B], 1)
 
     def _stretch(self) -> torch.Tensor:
         """Learned length over the present one of each row, [out]; the present one takes no gradient (the paper's 4.3)."""
@@ -73,6 +82,9 @@ class LoraEmbedding(nn.Module):
 
     weight = property(lambda self: self.base.weight)
 
+    def against_file(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lora_A, self.lora_B
+
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         x_BTD = self.base(ids_BT)
         low_BTR = F.embedding(ids_BT, self.lora_A.mT)
@@ -90,6 +102,11 @@ def attach(model: nn.Module, lora: Lora, seed: int = 0) -> list[Site]:
     wrapped: dict[str, nn.Module] = {}
     for site in sites:
         rank, scaling = rank_and_scaling(lora, site)
+        if rank > min(site.rows, site.columns):
+            raise UserError(
+                f"rank {rank} is above what {site.theirs}, {[site.rows, site.columns]}, can have",
+                f"at most {min(site.rows, site.columns)}",
+            )
         wrapped[site.ours] = wrap(model, site, rank, scaling, lora)
         _initialize(wrapped[site.ours], lora, generator)
     if lora.init == "default":
@@ -98,12 +115,9 @@ def attach(model: nn.Module, lora: Lora, seed: int = 0) -> list[Site]:
 
 
 def wrap(model: nn.Module, site: Site, rank: int, scaling: float, lora: Lora) -> nn.Module:
-    """Wrap one module; its A and B have yet to be filled. Raises UserError for a rank above the matrix's."""
+    """Wrap one module; its A and B have yet to be filled."""
 
     def wrapper(base: nn.Module) -> nn.Module:
-        shape = [site.rows, site.columns]
-        if rank > min(shape):
-            raise UserError(f"rank {rank} is above what {site.theirs}, {shape}, can have", f"at most {min(shape)}")
         if isinstance(base, nn.Embedding):
             return LoraEmbedding(base, rank, scaling)
         return LoraLinear(base, rank, scaling, lora.dropout, lora.dora)
@@ -137,8 +151,9 @@ def _start_at_principal_components(module: LoraLinear) -> None:
     root = (s[:rank] / module.scaling).sqrt()
     module.lora_A.copy_(root[:, None] * vh[:rank])
     module.lora_B.copy_(u[:, :rank] * root)
+    module.taken = module.lora_A.clone(), module.lora_B.clone()
     module.base.weight = nn.Parameter(
-        (weight.float() - module.scaling * module.lora_B @ module.lora_A).to(weight.dtype)
+        (weight.float() - module.scaling * module.lora_B @ module.lora_A).to(weight.dtype), requires_grad=False
     )
 
 

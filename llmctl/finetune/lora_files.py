@@ -92,14 +92,16 @@ def _join(theirs: str, parts: Sequence, row_counts: Sequence[int]) -> tuple[torc
     if len({part.scaling for part in present}) > 1:
         raise UserError(f"the parts of {theirs} have different scalings, which PEFT has no form for")
     if len(present) == len(parts) and all(part.lora_A is present[0].lora_A for part in present):
-        return present[0].lora_A, torch.cat([part.lora_B for part in present])
-    A = torch.cat([part.lora_A for part in present])
+        pairs = [part.against_file() for part in present]
+        return pairs[0][0], torch.cat([B for _, B in pairs])
+    pairs = [None if part is None else part.against_file() for part in parts]
+    A = torch.cat([pair[0] for pair in pairs if pair is not None])
     B = A.new_zeros(sum(row_counts), len(A))
     row = column = 0
-    for part, count in zip(parts, row_counts, strict=True):
-        if part is not None:
-            rank = len(part.lora_A)
-            B[row : row + count, column : column + rank] = part.lora_B.detach()
+    for pair, count in zip(pairs, row_counts, strict=True):
+        if pair is not None:
+            rank = len(pair[0])
+            B[row : row + count, column : column + rank] = pair[1].detach()
             column += rank
         row += count
     return A, B

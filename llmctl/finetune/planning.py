@@ -5,22 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from torch import nn
 
 from llmctl import lineage
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.finetune import methods
+from llmctl.finetune import methods, quantized
 from llmctl.finetune.data.prepare import default_seq_len
 from llmctl.finetune.data.store import ExampleSet
 from llmctl.finetune.settings import SOFT, FinetuneSettings
 from llmctl.models import families
 from llmctl.models.config import ModelConfig
+from llmctl.quantities import format_count, format_size
 from llmctl.train import hardware, plan
 
 EPOCHS = 3.0
 STEPS_PER_EPOCH = 32
 """As many as the default batch leaves of a small set: fewer teach little, however good each is."""
 
-RATES = {"full": 3e-4, "freeze": 3e-4, "lora": 3e-3, "adapter": 1e-3}
+RATES = {"full": 3e-4, "freeze": 3e-4, "lora": 3e-3, "qlora": 3e-3, "adapter": 1e-3}
 """Peak rates at width 128; they fall with the width, to 2e-5 (full) and 2e-4 (lora) at 2048."""
 FIXED_RATES = {"ia3": 3e-3, "prompt": 3e-2, "prefix": 3e-2}
 """Of factors around one, and of what stands among activations: the width does not matter."""
@@ -98,7 +100,7 @@ def adapter_method(settings: FinetuneSettings) -> methods.Method | None:
 
     Raises CalledWrongly for a flag of another method, or one that cannot be read.
     """
-    if settings.method == "lora":
+    if settings.method in ("lora", "qlora"):
         return methods.Lora(
             rank=settings.lora_rank,
             alpha=settings.lora_alpha or 2.0 * settings.lora_rank,
@@ -133,7 +135,7 @@ def refuse_contradictions(settings: FinetuneSettings) -> None:
 
 
 _OWN_FLAGS = {
-    ("lora",): (
+    ("lora", "qlora"): (
         "lora_rank",
         "lora_alpha",
         "lora_dropout",
@@ -143,6 +145,7 @@ _OWN_FLAGS = {
         "lora_init",
         "modules_to_save",
     ),
+    ("qlora",): ("quantize_base", "double_quantization"),
     ("adapter",): ("adapter_width", "adapter_parallel"),
     ("freeze",): ("train_layers", "train_modules"),
     SOFT: ("virtual_tokens",),
@@ -150,10 +153,11 @@ _OWN_FLAGS = {
 """Flags that say something of these methods only."""
 
 
-def describe_trained(trained: int, total: int) -> str:
+def describe_trained(model: nn.Module) -> str:
     """What a person should know before the first step."""
-    from llmctl.quantities import format_count, format_size
-
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    packed = sum(shape.numel() for shape in quantized.matrix_shapes(model).values())
+    total = packed + sum(parameter.numel() for parameter in model.parameters())
     saved = (total - trained) * 4 * 3
     share = f"{trained / total:.2%}" if trained < total else "all"
     more = f"; gradients and AdamW's moments of the others would take {format_size(saved)}" if saved else ""

@@ -16,11 +16,11 @@ SOFT = ("prompt", "prefix")
 
 @dataclass(frozen=True)
 class MethodSettings:
-    method: Literal["full", "freeze", "lora", "adapter", "ia3", "prompt", "prefix"] = flag(
+    method: Literal["full", "freeze", "lora", "qlora", "adapter", "ia3", "prompt", "prefix"] = flag(
         "lora",
         "What is trained: every weight; some of them (freeze, with --train-layers and --train-modules); low-rank matrices "
-        "beside them; bottleneck adapters; (IA)3's factors; or virtual tokens in front of every text, by their embeddings "
-        "(prompt) or their keys and values (prefix).",
+        "beside them, over a base in few bits with qlora; bottleneck adapters; (IA)3's factors; or virtual tokens in front "
+        "of every text, by their embeddings (prompt) or their keys and values (prefix).",
         METHOD,
     )
     lora_rank: int = flag(16, "Rank of the added matrices.", METHOD, flags=["--lora-r"], at_least=1)
@@ -43,6 +43,12 @@ class MethodSettings:
         "default", "pissa starts at the largest singular directions of each matrix.", METHOD
     )
     modules_to_save: tuple[str, ...] = flag((), "Modules to train whole beside the adapter; may be repeated.", METHOD)
+    quantize_base: Literal["nf4", "int8"] = flag(
+        "nf4",
+        "For qlora: 4 bits of normal float, or 8-bit integers, for the frozen matrices inside the blocks.",
+        METHOD,
+    )
+    double_quantization: bool = flag(True, "For nf4: its scales in 8 bits, too.", METHOD)
     adapter_width: int = flag(64, "Width of bottleneck adapters.", METHOD, at_least=1)
     adapter_parallel: bool = flag(False, "Beside attention and ffn instead of behind them.", METHOD)
     virtual_tokens: int = flag(20, "How many of them, for prompt and prefix.", METHOD, at_least=1)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from llmctl.errors import CalledWrongly
+from llmctl.finetune import quantized
 from llmctl.models import families, weights
 
 KEYWORDS = {
@@ -52,9 +53,15 @@ def plain_name(name: str) -> str:
     return re.sub(r"\.base(?=\.|$)", "", name)
 
 
+def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """By plain name, those of a quantized base included."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return {plain_name(name): shape for name, shape in {**shapes, **quantized.matrix_shapes(model)}.items()}
+
+
 def find_sites(model: nn.Module) -> list[Site]:
     """Every matrix of the model that the family's weight table names, in the model's order."""
-    shapes = {plain_name(name): parameter.shape for name, parameter in model.named_parameters()}
+    shapes = parameter_shapes(model)
     found = {}
     for theirs, ours, change in weights.matches(families.find(model.config.family).WEIGHTS, shapes):
         if theirs.endswith(".weight") and len(shapes[ours[0]]) == 2:

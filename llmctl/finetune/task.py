@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from llmctl.errors import CalledWrongly
-from llmctl.finetune import adapter, planning, saving
+from llmctl.finetune import adapter, planning, quantized, saving
 from llmctl.finetune.data.batches import PackedExamples, PaddedExamples, Split
 from llmctl.finetune.data.prepare import prepare
 from llmctl.finetune.data.sources import parse_sources
@@ -99,14 +99,15 @@ class Finetuning(Task):
         is_alone = distributed.world_size() == 1
         # sharding wants one dtype, and weights that are trained must be float32
         dtype = torch.bfloat16 if method is not None and plan.precision == "bf16" and is_alone else torch.float32
-        model = load_model(self._model, dtype)
+        model = load_model(self._model, None if settings.method == "qlora" else dtype)
         self.config = model.config = dataclasses.replace(model.config, dropout=settings.dropout)
         if method is not None:
             adapter.attach(model, method, settings.seed)
+            if settings.method == "qlora":
+                quantized.quantize(model, settings.quantize_base, settings.double_quantization)
         elif settings.method == "freeze":
             freeze(model, settings.train_layers, settings.train_modules)
-        total, trained = _count(model, False), _count(model, True)
-        log.info("%s", planning.describe_trained(trained, total))
+        log.info("%s", planning.describe_trained(model))
         trainer = building.build_trainer(self._objective(model, device), plan, settings, device)
         if save is not None:
             saving.load(trainer, save)
@@ -141,7 +142,3 @@ class Finetuning(Task):
             return {"mlm": MaskedToken, "seq2seq": SourceToTarget}.get(objective, NextToken)(model, settings.z_loss)
         reference = load_model(self._model, next(model.parameters()).dtype, device) if rule.needs_reference else None
         return Comparison(model, rule, settings, reference)
-
-
-def _count(model: nn.Module, trained_only: bool) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained_only)
