@@ -19,7 +19,7 @@ from llmctl.files import read_json
 from llmctl.models import description
 from llmctl.models.config import parameter_count, sizes
 from llmctl.models.ffn import has_experts
-from llmctl.models.loading import new_empty, read_config
+from llmctl.models.loading import new_empty, stored_config
 from llmctl.quantities import format_count, format_size
 from llmctl.streams import read_stream
 from llmctl.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ def _inspect_checkpoint(path: Path, check_files: bool) -> Iterator[dict[str, Any
 def _describe_model(path: Path) -> dict[str, Any]:
     hf = read_json(path / "config.json")
     try:
-        config = read_config(path)
+        config = stored_config(path)
     except UserError as error:
         return {"family": hf.get("model_type"), "unsupported": error.message}
     with torch.device("meta"):
@@ -129,8 +129,10 @@ def _part_of(name: str, mixer: str) -> str:
     inner = name.removeprefix("encoder.").split(".")
     if inner[0] == "layers":
         return {"mixer": mixer, "cross": "cross-attention", "ffn": "feed-forward"}.get(inner[2], "norms")
-    outer = {"embed_tokens": "embedding", "embed_positions": "positions", "relative_bias": "positions"}
-    return {**outer, "lm_head": "head", "classifier": "head"}.get(inner[0], "norms")
+    outer = {"embed_tokens": "embedding", "embed_types": "embedding"}
+    outer |= dict.fromkeys(("embed_positions", "relative_bias"), "positions")
+    outer |= dict.fromkeys(("lm_head", "head_transform", "head_bias", "classifier"), "head")
+    return outer.get(inner[0], "norms")
 
 
 def _describe_storage(stored: TensorFiles) -> dict[str, Any]:

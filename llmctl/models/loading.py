@@ -47,11 +47,14 @@ def usual_classifier(config: ModelConfig) -> Classifier:
 
 
 def stored_config(path: str | Path) -> ModelConfig:
-    """`read_config` of a checkpoint, and whether the head is the embedding: of that the weights know better.
+    """`read_config` of a checkpoint, and whether it has a head and that is the embedding: the weights know better.
 
-    transformers 5 calls the head of every T5 tied, and stores beside the embedding those that are not.
+    A base model's config does not differ from that of the whole one. transformers 5 calls the head of every T5 tied, and
+    stores beside the embedding those that are not.
     """
     config, stored = read_config(path), checkpoint.open_tensors(path)
+    if weights.lacks_head(families.find(config.family), config, stored.keys()):
+        return dataclasses.replace(config, head=None)
     names = dict.fromkeys(("embed_tokens.weight", "lm_head.weight"), torch.Size([config.vocab_size, config.d_model]))
     found = weights.sources(families.find(config.family), names, stored.keys())
     if config.tie_embeddings and len(found) == 2:
@@ -87,8 +90,6 @@ def load_model(
     family = families.find(config.family)
     with torch.device("meta"):
         model = new_empty(config)
-        if config.predicts_tokens and weights.lacks_head(family, _shapes(model), stored.keys()):
-            model = new_empty(dataclasses.replace(config, head=None))
     reset_buffers(model)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     buffers = dict(model.named_buffers())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from llmctl.errors import UserError
+from llmctl.models.config import ModelConfig
 from llmctl.models.families.common import Row
 
 _HEAD = ("lm_head.", "head_transform.", "head_bias")
@@ -51,11 +52,14 @@ def matches(table: Iterable[Row], shapes: Mapping[str, torch.Size]) -> Iterator[
                     yield _numbered(entry.theirs, found.groups()), ours, entry.change
 
 
-def lacks_head(family, shapes: Mapping[str, torch.Size], available: Iterable[str]) -> bool:
-    """Whether a model with these parameters needs tensors for its head, and the file has none of them."""
-    bare, names = _unwrapping(family), set(available)
-    head = [theirs for theirs, ours, _ in matches(family.WEIGHTS, shapes) if ours[0].startswith(_HEAD)]
-    return bool(head) and not any(name in names or bare(name) in names for name in head)
+def lacks_head(family, config: ModelConfig, available: Iterable[str]) -> bool:
+    """Whether a model of this config needs tensors for its head, and the file has none of them."""
+    head = config.head
+    if not config.predicts_tokens or (config.tie_embeddings and not head.transform and head.bias is not True):
+        return False
+    bare = _unwrapping(family)
+    names = {bare(name) for name in available}
+    return not any(bare(entry.theirs) in names for entry in family.WEIGHTS if entry.ours[0].startswith(_HEAD))
 
 
 def load_tensors(
