@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 7
+#define LLMCTL_ABI 8
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -95,6 +95,24 @@ enum {
 LLMCTL_API int llmctl_linear(int32_t dtype, const void* x, int64_t x_stride, const void* weight, int64_t weight_stride,
                              const void* bias, void* out, int64_t out_stride, int64_t n_rows, int64_t n_in,
                              int64_t n_out);
+
+/* Weights [n_out, n_in] in 4 or 8 bits: (code - zero) * scale, rounded once to the type of the product's operands. Groups
+ * are `group_size` weights of one output, a multiple of 32 or the whole row, and have a scale (float32 or bfloat16) and,
+ * unless zeros is null, a zero each: [n_out, ceil(n_in / group_size)]. Without zeros it is 8 for 4 bits, 128 for 8.
+ * Codes lie output by output, row_bytes apart: one to a byte; or, in 4 bits, 64 to 32 bytes, of which byte i holds number
+ * i below number i + 32. Rows are filled up to a multiple of 64 weights. */
+typedef struct {
+    const uint8_t* codes;
+    const void* scales;
+    const uint8_t* zeros;
+    int64_t group_size, row_bytes;
+    int32_t bits, scales_dtype;
+} llmctl_quantized_weight;
+
+/* The same as llmctl_linear with such weights. */
+LLMCTL_API int llmctl_quantized_linear(int32_t dtype, const void* x, int64_t x_stride,
+                                       const llmctl_quantized_weight* weight, const void* bias, void* out,
+                                       int64_t out_stride, int64_t n_rows, int64_t n_in, int64_t n_out);
 
 /* softmax(softcap(scale q k^T) + bias) v for queries that each see one range of keys. Strides count elements; those of a
  * tensor are from sequence to sequence, head to head and token to token, and the head_dim elements of a token's head lie

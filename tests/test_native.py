@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.ops import bpe, cached_attention, native, sampling
+from llmctl.ops import bpe, cached_attention, native, quantized_linear, sampling
 
 HEADER = Path(__file__).resolve().parent.parent / "csrc" / "llmctl.h"
 C_TYPES = {
@@ -75,6 +75,7 @@ def test_signatures_are_the_headers():
 def test_structs_are_the_headers():
     assert cached_attention.Args._fields_ == fields("llmctl_attention_args")
     assert sampling.Args._fields_ == fields("llmctl_sample_args")
+    assert quantized_linear.Args._fields_ == fields("llmctl_quantized_weight")
     limit = re.search(r"#define LLMCTL_ATTENTION_MAX_HEAD_DIM (\d+)", HEADER.read_text())[1]
     assert int(limit) == cached_attention.MAX_HEAD_DIM
 

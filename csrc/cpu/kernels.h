@@ -3,6 +3,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/linear.h"
+#include "cpu/quantized.h"
 #include "cpu/sampling.h"
 
 namespace llmctl {
@@ -17,6 +18,7 @@ using RotateKernel = void (*)(const void* x, const void* cos, const void* sin, v
 
 struct Kernels {
     LinearKernel linear_f32, linear_bf16;
+    QuantizedLinearKernel quantized_linear_f32, quantized_linear_bf16;
     AttentionKernels attention_f32, attention_bf16;
     ActivationKernel activation_f32, activation_bf16;
     RmsNormKernel rms_norm_f32, rms_norm_bf16;

@@ -2,6 +2,7 @@
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_tile.h"
+#include "cpu/quantized_linear.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rotate.h"
 #include "cpu/sampling_scans.h"
@@ -10,6 +11,8 @@
 const llmctl::Kernels llmctl::avx2_kernels = {
     linear_piece<FloatDot<Avx2, float>, 3>,
     linear_piece<FloatDot<Avx2, Bf16>, 3>,
+    quantized_linear_piece<FloatDot<Avx2, float>, 3>,
+    quantized_linear_piece<FloatDot<Avx2, Bf16>, 3>,
     attention_kernels<FloatDot<Avx2, float>, 3, 2>,
     attention_kernels<FloatDot<Avx2, Bf16>, 3, 2>,
     activation_kernel<Avx2, float>,

@@ -2,6 +2,7 @@
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_tile.h"
+#include "cpu/quantized_linear.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rotate.h"
 #include "cpu/sampling_scans.h"
@@ -10,6 +11,8 @@
 const llmctl::Kernels llmctl::avx512_kernels = {
     linear_piece<FloatDot<Avx512, float>, 6>,
     linear_piece<FloatDot<Avx512, Bf16>, 6>,
+    quantized_linear_piece<FloatDot<Avx512, float>, 6>,
+    quantized_linear_piece<FloatDot<Avx512, Bf16>, 6>,
     attention_kernels<FloatDot<Avx512, float>, 6, 6>,
     attention_kernels<FloatDot<Avx512, Bf16>, 6, 6>,
     activation_kernel<Avx512, float>,

@@ -2,21 +2,25 @@
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_tile.h"
+#include "cpu/quantized_linear.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rotate.h"
 #include "cpu/sampling_scans.h"
 #include "cpu/simd/avx512_bf16.h"
+#include "cpu/simd/dequantize_avx512_bf16.h"
 
 const llmctl::Kernels llmctl::avx512_bf16_kernels = {
-    linear_piece<FloatDot<Avx512, float>, 6>,
+    linear_piece<FloatDot<Avx512Bf16, float>, 6>,
     linear_piece<Bf16Dot, 6>,
-    attention_kernels<FloatDot<Avx512, float>, 6, 6>,
+    quantized_linear_piece<FloatDot<Avx512, float>, 6>,
+    quantized_linear_piece<Bf16Dot, 6>,
+    attention_kernels<FloatDot<Avx512Bf16, float>, 6, 6>,
     attention_kernels<Bf16Dot, 6, 6>,
-    activation_kernel<Avx512, float>,
-    activation_kernel<Avx512, Bf16>,
-    rms_norm_row<Avx512, float>,
-    rms_norm_row<Avx512, Bf16>,
-    rotate_head<Avx512, float>,
-    rotate_head<Avx512, Bf16>,
-    sampling_kernels<Avx512>,
+    activation_kernel<Avx512Bf16, float>,
+    activation_kernel<Avx512Bf16, Bf16>,
+    rms_norm_row<Avx512Bf16, float>,
+    rms_norm_row<Avx512Bf16, Bf16>,
+    rotate_head<Avx512Bf16, float>,
+    rotate_head<Avx512Bf16, Bf16>,
+    sampling_kernels<Avx512Bf16>,
 };

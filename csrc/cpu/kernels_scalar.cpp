@@ -2,6 +2,7 @@
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/linear_tile.h"
+#include "cpu/quantized_linear.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rotate.h"
 #include "cpu/sampling_scans.h"
@@ -10,6 +11,8 @@
 const llmctl::Kernels llmctl::scalar_kernels = {
     linear_piece<FloatDot<Scalar, float>, 2>,
     linear_piece<FloatDot<Scalar, Bf16>, 2>,
+    quantized_linear_piece<FloatDot<Scalar, float>, 2>,
+    quantized_linear_piece<FloatDot<Scalar, Bf16>, 2>,
     attention_kernels<FloatDot<Scalar, float>, 2, 1>,
     attention_kernels<FloatDot<Scalar, Bf16>, 2, 1>,
     activation_kernel<Scalar, float>,

@@ -1,11 +1,10 @@
 // The C face of the matrix product: checks, and pieces for the threads.
-#include "cpu/linear.h"
-
 #include <algorithm>
 
 #include "boundary.h"
 #include "cpu/dtype.h"
 #include "cpu/kernels.h"
+#include "cpu/linear_pieces.h"
 #include "cpu/pool.h"
 #include "llmctl.h"
 
@@ -18,26 +17,27 @@ constexpr int64_t work_per_piece = 1 << 16;            // multiplications that a
 int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
 
 // Outputs per piece: a multiple of the vector and of the tile.
-int64_t outs_per_piece(const Linear& c, int64_t element_size) {
+int64_t outs_per_piece(const Linear& c, int64_t weight_bits) {
     if (c.n_rows > 16) return linear_max_outs;
-    const int64_t cached = weight_bytes_per_piece / std::max<int64_t>(1, c.n_in * element_size);
+    const int64_t cached = 8 * weight_bytes_per_piece / std::max<int64_t>(1, c.n_in * weight_bits);
     const int64_t worthwhile = work_per_piece / std::max<int64_t>(1, c.n_in * c.n_rows);
     return std::clamp<int64_t>(std::max(cached, worthwhile) / 16 * 16, 16, linear_max_outs);
 }
 
-void run_linear(const Linear& c, LinearKernel kernel, int64_t element_size) {
+}  // namespace
+
+void for_linear_pieces(const Linear& c, int64_t weight_bits, const std::function<void(const LinearPiece&)>& work) {
     if (c.n_rows == 0 || c.n_out == 0) return;
-    const int64_t outs = outs_per_piece(c, element_size);
+    const int64_t outs = outs_per_piece(c, weight_bits);
     const int64_t row_pieces = pieces(c.n_rows, linear_max_rows);
     const int64_t rows = (pieces(c.n_rows, row_pieces) + 5) / 6 * 6;
     parallel_for(row_pieces * pieces(c.n_out, outs), [&](int64_t i) {
         const int64_t row = i % row_pieces * rows, out = i / row_pieces * outs;
         if (row >= c.n_rows) return;
-        kernel(c, {row, std::min(row + rows, c.n_rows), out, std::min(out + outs, c.n_out)});
+        work({row, std::min(row + rows, c.n_rows), out, std::min(out + outs, c.n_out)});
     });
 }
 
-}  // namespace
 }  // namespace llmctl
 
 int llmctl_linear(int32_t dtype, const void* x, int64_t x_stride, const void* weight, int64_t weight_stride,
@@ -48,6 +48,7 @@ int llmctl_linear(int32_t dtype, const void* x, int64_t x_stride, const void* we
         if (n_rows < 0 || n_in < 0 || n_out < 0) throw std::invalid_argument("a size is below 0");
         const Linear call{x, weight, bias, out, n_rows, n_in, n_out, x_stride, weight_stride, out_stride};
         const bool is_float = dtype == LLMCTL_F32;
-        run_linear(call, is_float ? kernels().linear_f32 : kernels().linear_bf16, is_float ? 4 : 2);
+        const LinearKernel kernel = is_float ? kernels().linear_f32 : kernels().linear_bf16;
+        for_linear_pieces(call, is_float ? 32 : 16, [&](const LinearPiece& piece) { kernel(call, piece); });
     });
 }

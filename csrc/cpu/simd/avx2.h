@@ -20,6 +20,12 @@ struct Avx2 {
         const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
     }
+    // Bytes as floats: all of them, their lower or their upper four bits.
+    static LLMCTL_INLINE Vec load_bytes(const uint8_t* p) { return _mm256_cvtepi32_ps(bytes(p)); }
+    static LLMCTL_INLINE Vec load_lower(const uint8_t* p) {
+        return _mm256_cvtepi32_ps(_mm256_and_si256(bytes(p), _mm256_set1_epi32(15)));
+    }
+    static LLMCTL_INLINE Vec load_upper(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(bytes(p), 4)); }
     // The first n lanes, 0 < n < lanes; the others are 0, and nothing behind the n is read or written.
     template <class T>
     static LLMCTL_INLINE Vec load_some(const T* p, int n) {
@@ -76,6 +82,9 @@ struct Avx2 {
     static LLMCTL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 private:
+    static LLMCTL_INLINE __m256i bytes(const uint8_t* p) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
     // To the nearest, ties to even; NaN stays NaN.
     static LLMCTL_INLINE __m128i narrow(Vec x) {
         const __m256i bits = _mm256_castps_si256(x), upper = _mm256_srli_epi32(bits, 16);

@@ -19,6 +19,12 @@ struct Avx512 {
     static LLMCTL_INLINE Vec load(const Bf16* p) {
         return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    // Bytes as floats: all of them, their lower or their upper four bits.
+    static LLMCTL_INLINE Vec load_bytes(const uint8_t* p) { return _mm512_cvtepi32_ps(bytes(p)); }
+    static LLMCTL_INLINE Vec load_lower(const uint8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_and_si512(bytes(p), _mm512_set1_epi32(15)));
+    }
+    static LLMCTL_INLINE Vec load_upper(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_srli_epi32(bytes(p), 4)); }
     // The first n lanes, 0 < n < lanes; the others are 0, and nothing behind the n is read or written.
     static LLMCTL_INLINE Vec load_some(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
     static LLMCTL_INLINE Vec load_some(const Bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
@@ -59,6 +65,9 @@ struct Avx512 {
     static LLMCTL_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 private:
+    static LLMCTL_INLINE __m512i bytes(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
     static LLMCTL_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
     static LLMCTL_INLINE Vec widen(__m256i x) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));

@@ -19,6 +19,16 @@ struct Scalar {
     static LLMCTL_INLINE Vec load(const T* p) {
         return each([=](int i) { return llmctl::load(p[i]); });
     }
+    // Bytes as floats: all of them, their lower or their upper four bits.
+    static LLMCTL_INLINE Vec load_bytes(const uint8_t* p) {
+        return each([=](int i) { return static_cast<float>(p[i]); });
+    }
+    static LLMCTL_INLINE Vec load_lower(const uint8_t* p) {
+        return each([=](int i) { return static_cast<float>(p[i] & 15); });
+    }
+    static LLMCTL_INLINE Vec load_upper(const uint8_t* p) {
+        return each([=](int i) { return static_cast<float>(p[i] >> 4); });
+    }
     // The first n lanes, 0 < n < lanes; the others are 0, and nothing behind the n is read or written.
     template <class T>
     static LLMCTL_INLINE Vec load_some(const T* p, int n) {
