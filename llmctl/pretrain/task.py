@@ -12,11 +12,12 @@ import torch
 
 from llmctl.models import families
 from llmctl.models.initialization import new_model
+from llmctl.models.loading import new_empty
 from llmctl.pretrain import objectives, planning
 from llmctl.pretrain.corpus import open_corpus, open_feed
 from llmctl.pretrain.settings import PretrainSettings
 from llmctl.tokenizer import Tokenizer
-from llmctl.train import building, state
+from llmctl.train import building, distributed, state
 from llmctl.train.run import Run, training
 from llmctl.train.task import Task
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from llmctl.models.config import ModelConfig
+    from llmctl.models.language_model import LanguageModel
     from llmctl.train.feed import Feed
     from llmctl.train.loop import Trainer
     from llmctl.train.plan import Plan
@@ -65,14 +67,22 @@ class Pretraining(Task):
         settings = self.settings
         self.config = dataclasses.replace(_config(plan), dropout=settings.dropout)
         building.check_memory(self.config, settings.optimizer, device)
-        model = new_model(self.config, settings.seed)
-        if settings.init_from and save is None:
-            state.load_weights(model, settings.init_from)
+        model = self._model(None if save else settings.init_from)
         loss = objectives.choose(settings, self.config).loss(model, settings.z_loss)
         trainer = building.build_trainer(loss, plan, settings, device)
         if save is not None:
             state.load(trainer, save)
         return trainer
+
+    def _model(self, parent: str | None) -> LanguageModel:
+        """With fresh weights or the parent's on rank 0, whose they are until they are shared out, without any on others."""
+        if distributed.rank() > 0:
+            with torch.device("meta"):
+                return new_empty(self.config)
+        model = new_model(self.config, self.settings.seed)
+        if parent:
+            state.load_weights(model, parent)
+        return model
 
     @property
     def tokenizer(self) -> Tokenizer:

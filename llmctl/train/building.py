@@ -21,7 +21,7 @@ log = logging.getLogger("llmctl")
 
 def build_trainer(objective: nn.Module, plan: Plan, settings: RunSettings, device: torch.device) -> Trainer:
     """A trainer at step 0 of this process's share of the objective. The plan learns whether it is compiled."""
-    model = objective.model.to(device)
+    model = objective.model
     for stack in model.stacks():
         stack.activation_checkpointing = settings.activation_checkpointing
     distributed.shard(objective, device)

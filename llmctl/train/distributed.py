@@ -72,17 +72,42 @@ def world_size() -> int:
 
 
 def shard(objective: nn.Module, device: torch.device) -> None:
-    """Cut all parameters over the ranks in place (FSDP2): each block gathers its own around its forward and backward."""
+    """Cut all parameters over the ranks in place (FSDP2): each block gathers its own around its forward and backward.
+
+    The values are rank 0's; the others may bring a model on the meta device, and never hold more of one than their share
+    and a tensor.
+    """
     if world_size() == 1:
+        objective.to(device)
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    values = {**dict(objective.named_parameters()), **dict(objective.named_buffers())} if rank() == 0 else {}
+    objective.to("meta")
     mesh = init_device_mesh(device.type, (world_size(),))
     for stack in objective.model.stacks():
         for block in stack.layers:
             fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
+    objective.to_empty(device=device)
+    _fill(objective, values)
+
+
+@torch.no_grad()
+def _fill(objective: nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Give every rank its part of what rank 0 has, one tensor after another."""
+    from torch.distributed.tensor import distribute_tensor
+
+    for name, parameter in objective.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        if rank() == 0:
+            whole.copy_(values.pop(name))
+        parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
+    for name, buffer in objective.named_buffers():
+        if rank() == 0:
+            buffer.copy_(values.pop(name))
+        dist.broadcast(buffer, src=0)
 
 
 def sync_gradients(objective: nn.Module, is_last: bool) -> None:
