@@ -26,8 +26,8 @@ class Tokenizer:
     special tokens in full, so that `Tokenizer.from_json(t.json, t.config)` equals `t`. `vocab_size` is the highest id plus
     one, added tokens included. `bos_id`, `eos_id`, `unk_id`, `sep_id`, `pad_id`, `cls_id` and `mask_id` are None where the
     tokenizer has no such token, and `special_ids` holds those and all other special ones. `adds_bos` says whether
-    `encode` puts BOS in front by itself. `document_edges` are the ids in front of and behind every document of
-    `encode_documents`.
+    `encode` puts BOS in front by itself. `text_edges` are the ids that it puts in front of and behind every text, and
+    `document_edges` those of every document of `encode_documents`.
     """
 
     def __init__(self, json_text: str, config: dict | None = None):
@@ -48,6 +48,7 @@ class Tokenizer:
         self.adds_bos = self.bos_id is not None and front[:1] == [self.bos_id]
         edges.note_flags(self.config, {"bos_token": self.adds_bos, "eos_token": self.eos_id in back})
         ends = bool(back) or self.eos_id is None
+        self.text_edges = front, back
         self.document_edges = front, back if ends else [self.eos_id]
         self._bulk_encoder = None
         self._pieces = decoding.pieces_for(self._tokenizer)

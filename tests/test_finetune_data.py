@@ -505,7 +505,7 @@ def test_labels_go_with_their_rows(tmp_path):
     items = [{"text": "x" * (i + 1), "label": float(i + 1)} for i in range(20)]
     batch = PaddedExamples(prepared(tmp_path, items), "train", 5, pad_id=7).train_batch(0, 5)
     assert isinstance(batch, ExampleBatch) and batch.n_targets == 5 and (batch.targets == IGNORE).all()
-    assert (batch.lengths == batch.labels + 1).all()  # the end token is read too
+    assert (batch.lengths == batch.labels).all()  # what a text ends with is learned only where it is written
     assert all((row[n:] == 7).all() for row, n in zip(batch.inputs, batch.lengths))
     rated = [{"prompt": "a", "completion": "b" * (i + 1), "label": i % 2 == 0} for i in range(6)]
     batch = PaddedExamples(prepared(tmp_path, rated, name="kto.jsonl"), "train", 3).train_batch(0, 3)

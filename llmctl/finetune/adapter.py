@@ -14,15 +14,19 @@ from llmctl import checkpoint, files
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune import bottleneck, ia3, lora, lora_files, methods, soft_prompt
 from llmctl.finetune.sites import find_sites, plain_name
-from llmctl.models import families, weights
+from llmctl.models import config_classifier, families, weights
+from llmctl.models.config import Classifier, ModelConfig
+from llmctl.models.loading import usual_classifier
 
 PREFIX = "base_model.model."
 STEM = "adapter_model"
+LABELS = "classifier.json"
+"""Beside the adapter of a classifier: the keys that a classifier's config.json has of its labels."""
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "masked": None}
 
 
 def attach(model: nn.Module, method: methods.Method, seed: int = 0) -> None:
-    """Freeze the model and give it the method's fresh parameters, which alone are trained."""
+    """Freeze the model and give it the method's fresh parameters, which alone are trained, with a classifier's head."""
     model.requires_grad_(False)
     if isinstance(method, methods.Lora):
         lora.attach(model, method, seed)
@@ -33,6 +37,7 @@ def attach(model: nn.Module, method: methods.Method, seed: int = 0) -> None:
         bottleneck.attach(model, method, seed)
     else:
         soft_prompt.attach(model, method, seed)
+    _train(model, {name for _, ours, _ in _head_rows(model) for name in ours})
 
 
 def save(model: nn.Module, method: methods.Method, directory: str | Path, base: str) -> None:
@@ -41,16 +46,21 @@ def save(model: nn.Module, method: methods.Method, directory: str | Path, base: 
     `base` is the path or name of the model under the adapter; PEFT's readers look there.
     """
     tensors, said = _to_peft(model, method)
+    head = _head_rows(model)
+    tensors |= _tensors_of(model, head)
     config = {
-        **said.to_peft(),
+        **_with_modules(said.to_peft(), _head_modules(head)),
         "base_model_name_or_path": base,
-        "task_type": TASKS[model.config.kind],
+        "task_type": "SEQ_CLS" if model.config.classifier else TASKS[model.config.kind],
         "inference_mode": True,
         "fan_in_fan_out": any(site.transposed for site in find_sites(model)),
     }
     named = {_stored_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     checkpoint.save_tensors(directory, named, stem=STEM)
     files.write_atomic(Path(directory) / "adapter_config.json", f"{json.dumps(config, indent=2)}\n".encode())
+    if model.config.classifier:
+        text = json.dumps(config_classifier.labels_to_hf(model.config.classifier), indent=2, ensure_ascii=False)
+        files.write_atomic(Path(directory) / LABELS, f"{text}\n".encode())
 
 
 def load(model: nn.Module, directory: str | Path, weight: float = 1.0) -> methods.Method:
@@ -76,6 +86,23 @@ def load(model: nn.Module, directory: str | Path, weight: float = 1.0) -> method
     return method
 
 
+def classifier_of(directory: str | Path, config: ModelConfig) -> Classifier | None:
+    """The head that an adapter brings for a base of this config; None where it brings none.
+
+    PEFT says nothing of the labels, so they have numbers for names there.
+    """
+    said = read_config(directory)
+    if said.get("task_type") != "SEQ_CLS":
+        return None
+    if (Path(directory) / LABELS).exists():
+        return config_classifier.from_hf(files.read_json(Path(directory) / LABELS), usual_classifier(config))
+    stored = checkpoint.open_tensors(directory, stem=STEM)
+    rows = [row.theirs for row in families.find(config.family).WEIGHTS if row.ours[0] == "classifier.out.weight"]
+    counts = [stored.shape(name)[0] for name in stored.keys() if name.removeprefix(PREFIX) in rows]
+    pad_id = {"pad_token_id": config.hf.get("pad_token_id")}
+    return config_classifier.from_hf({"num_labels": counts[0], **pad_id}, usual_classifier(config)) if counts else None
+
+
 def is_adapter(directory: str | Path) -> bool:
     """Whether it holds an adapter and no model."""
     return Path(directory, "adapter_config.json").exists() and not Path(directory, "config.json").exists()
@@ -92,7 +119,7 @@ def read_config(directory: str | Path) -> dict:
 def _to_peft(model: nn.Module, method: methods.Method) -> tuple[dict[str, torch.Tensor], methods.Method]:
     if isinstance(method, methods.Lora):
         tensors, said = lora_files.to_peft(model, method)
-        whole = _whole_tensors(model, method.modules_to_save)
+        whole = _whole_tensors(model, _beside_head(model, method.modules_to_save))
         # whole names: PEFT takes "norm" for every module whose name ends in these letters
         modules = sorted({name.rpartition(".")[0] for name in whole})
         return tensors | whole, dataclasses.replace(said, modules_to_save=tuple(modules))
@@ -131,15 +158,48 @@ def _ends_with(parameter_name: str, module: str) -> bool:
 
 def _unfreeze(model: nn.Module, modules: tuple[str, ...]) -> None:
     """Train these modules whole: their parameters go into the adapter as they are."""
-    wanted = {name for _, ours, _ in _whole_rows(model, modules) for name in ours}
+    _train(model, {name for _, ours, _ in _whole_rows(model, modules) for name in ours})
+
+
+def _train(model: nn.Module, wanted: set[str]) -> None:
+    """Let these parameters of the model learn, in float32 whatever the others are."""
     for name, parameter in model.named_parameters():
         if plain_name(name) in wanted:
+            parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
 
+def _head_rows(model: nn.Module) -> list[tuple[str, list[str], str]]:
+    """(their name, our names, change) of every tensor of a classifier's head."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if name.startswith("classifier.")}
+    return list(weights.matches(families.find(model.config.family).WEIGHTS, shapes))
+
+
+def _head_modules(rows) -> list[str]:
+    """Their modules, none inside another: PEFT's SEQ_CLS saves `score` and `classifier` whole."""
+    modules = {row[0].rpartition(".")[0] for row in rows}
+    return sorted({"classifier" if name.startswith("classifier.") else name for name in modules})
+
+
+def _beside_head(model: nn.Module, modules: tuple[str, ...]) -> tuple[str, ...]:
+    """PEFT's files name both spellings of a head, whichever the model has."""
+    head = _head_modules(_head_rows(model))
+    return tuple(name for name in modules if not (head and name in (*head, "score", "classifier")))
+
+
+def _with_modules(config: dict, head: list[str]) -> dict:
+    """An adapter_config.json with the head among the modules that are saved whole, where the method has such."""
+    if not head or "modules_to_save" not in config:
+        return config
+    return {**config, "modules_to_save": [*(config["modules_to_save"] or ()), *head]}
+
+
 def _whole_tensors(model: nn.Module, modules: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    return _tensors_of(model, _whole_rows(model, modules))
+
+
+def _tensors_of(model: nn.Module, rows) -> dict[str, torch.Tensor]:
     parameters = {plain_name(name): parameter.detach() for name, parameter in model.named_parameters()}
-    rows = _whole_rows(model, modules)
     return {theirs: weights.to_theirs(change, [parameters[name] for name in ours]) for theirs, ours, change in rows}
 
 

@@ -13,8 +13,9 @@ import torch
 from llmctl import lineage
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune import adapter
+from llmctl.models.config import Classifier
 from llmctl.models.language_model import LanguageModel
-from llmctl.models.loading import load_model
+from llmctl.models.loading import load_model, read_config
 from llmctl.tokenization.files import has_tokenizer
 from llmctl.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ class Assembly:
 
     def load(self, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None) -> LanguageModel:
         """The model with all adapters, in eval mode; their weights are float32, the base's as `load_model` has them."""
-        model = load_model(self.base, dtype, device)
+        model = load_model(self.base, dtype, device, classifier=self._classifier())
         for path, weight in self.adapters:
             adapter.load(model, path, weight)
         return model.eval()
@@ -55,6 +56,11 @@ class Assembly:
     def tokenizer(self) -> Tokenizer:
         """The last adapter's that brings one, which is what it was trained with, else the base's."""
         return Tokenizer.load(self._last_with(has_tokenizer))
+
+    def _classifier(self) -> Classifier | None:
+        """The head that an adapter brings, which takes the place of the base's."""
+        config = read_config(self.base) if self.adapters else None
+        return next(filter(None, (adapter.classifier_of(path, config) for path, _ in self.adapters)), None)
 
     @property
     def generation_config_directory(self) -> Path:

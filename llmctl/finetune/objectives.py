@@ -68,9 +68,6 @@ class Comparison(nn.Module):
     def metrics(self, is_right_1P: torch.Tensor) -> dict[str, float]:
         return {"accuracy": is_right_1P.mean().item()}
 
-    def metrics(self, is_right_1P: torch.Tensor) -> dict[str, float]:
-        return {"accuracy": is_right_1P.mean().item()}
-
 
 class SourceToTarget(NextToken):
     """The next-token loss of what an encoder-decoder writes, with one source and its target to a row."""

@@ -12,9 +12,11 @@ from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune import methods, quantized
 from llmctl.finetune.data.prepare import default_seq_len
 from llmctl.finetune.data.store import ExampleSet
+from llmctl.finetune.heads import HEADED
 from llmctl.finetune.settings import SOFT, FinetuneSettings
 from llmctl.models import families
 from llmctl.models.config import ModelConfig
+from llmctl.models.loading import usual_classifier
 from llmctl.quantities import format_count, format_size
 from llmctl.train import hardware, plan
 
@@ -52,6 +54,8 @@ def make_plan(
     device: torch.device,
 ) -> FinetunePlan:
     dtype = hardware.compute_dtype(settings.precision, device)
+    if examples.objective in HEADED:  # whose rows hold one text each
+        seq_len = min(seq_len, examples.longest)
     rate = settings.learning_rate or learning_rate(settings.method, config.d_model)
     return FinetunePlan(
         model=model,
@@ -167,7 +171,9 @@ def describe_trained(model: nn.Module) -> str:
 def refuse_kind(objective: str, config: ModelConfig) -> None:
     """Raise UserError where the data ask for what the model cannot do."""
     wanted = {"seq2seq": "seq2seq", "mlm": "masked"}.get(objective, "causal")
-    if config.kind != wanted:
+    if objective in HEADED:
+        usual_classifier(config)
+    elif config.kind != wanted:
         does = {"causal": "continues texts", "masked": "fills gaps", "seq2seq": "turns one text into another"}
         raise UserError(
             f"--objective {objective} needs a model that {does[wanted]}; {config.family} {does[config.kind]}"

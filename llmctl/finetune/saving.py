@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -28,8 +29,12 @@ def write(
     model = trainer.objective.model
     directory = distributed.from_first(directory)
     state.write_optimizer(trainer, directory)
-    whole = {name: distributed.whole_on_first(tensor) for name, tensor in stored_tensors(model).items()}
-    distributed.on_first(_write, model, whole, tokenizer, method, base, directory)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    own = {name: distributed.whole_on_first(each) for name, each in stored_tensors(model).items() if name in trained}
+    distributed.on_first(checkpoint.save_tensors, directory, own, stem=STEM)
+    with getattr(trainer.objective, "as_saved", contextlib.nullcontext)():
+        whole = {name: distributed.whole_on_first(tensor) for name, tensor in stored_tensors(model).items()}
+        distributed.on_first(_write, model, whole, tokenizer, method, base, directory)
 
 
 def load(trainer: Trainer, directory: Path) -> None:
@@ -42,8 +47,6 @@ def load(trainer: Trainer, directory: Path) -> None:
 
 
 def _write(model, whole: dict[str, torch.Tensor], tokenizer, method, base: Path, directory: Path) -> None:
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    checkpoint.save_tensors(directory, {name: whole[name] for name in whole if name in trained}, stem=STEM)
     tokenizer.save(directory)
     if method is not None:
         adapter.save(model, method, directory, str(base))

@@ -10,21 +10,19 @@ from llmctl.errors import CalledWrongly
 
 
 def freeze(model: nn.Module, layers: str | None, modules: str | None) -> None:
-    """Leave only these layers (a slice such as "-4:") and parameters (a regular expression found in the name) to train.
+    """Leave only these layers (a slice such as "-4:") and parameters (a regular expression found in the name) to train,
+    and a classifier's head.
 
     Raises CalledWrongly for what selects nothing.
     """
-    if layers is None and modules is None:
+    if layers is None and modules is None and model.config.classifier is None:
         raise CalledWrongly("--method freeze trains what --train-layers and --train-modules say, and neither is given")
     chosen = set() if layers is None else {f"layers.{i}." for i in _layers(layers, len(model.layers))}
     pattern = None if modules is None else _pattern(modules)
-    found = False
     for name, parameter in model.named_parameters():
-        inside = any(name.startswith(layer) for layer in chosen)
-        wanted = inside or bool(pattern and pattern.search(name))
-        parameter.requires_grad_(wanted)
-        found |= wanted
-    if not found:
+        inside = name.startswith(("classifier.", *chosen))
+        parameter.requires_grad_(inside or bool(pattern and pattern.search(name)))
+    if pattern and not any(pattern.search(name) for name, _ in model.named_parameters()):
         raise CalledWrongly(f"--train-modules {modules!r} matches no parameter", "llmctl inspect lists the names")
 
 

@@ -89,7 +89,7 @@ def choose(sites: Iterable[Site], targets: Iterable[str], where: str = "--target
     A target is the end of a module's name (`q_proj`, `mlp.down_proj`), ours or Hugging Face's; a regular expression for the
     whole name; or attention, ffn, all-linear. Raises CalledWrongly, with the nearest names, for one that fits nothing.
     """
-    sites = list(sites)
+    sites = [site for site in sites if not site.ours.startswith("classifier.")]  # a classifier's head is trained whole
     chosen = set()
     for target in targets:
         fitting = [site for site in sites if _fits(site, target)]

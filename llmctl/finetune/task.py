@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from llmctl.errors import CalledWrongly
-from llmctl.finetune import adapter, planning, quantized, saving
+from llmctl.finetune import adapter, heads, planning, quantized, saving
 from llmctl.finetune.data.batches import PackedExamples, PaddedExamples, Split
 from llmctl.finetune.data.prepare import prepare
 from llmctl.finetune.data.sources import parse_sources
 from llmctl.finetune.data.store import ExampleSet
+from llmctl.finetune.labelled import Classification, Regression, Reward
 from llmctl.finetune.objectives import RULES, Comparison, SourceToTarget
 from llmctl.finetune.planning import FinetunePlan
 from llmctl.finetune.rows import rows_of
@@ -54,6 +55,10 @@ def finetuning(
     return training(Finetuning(planning.with_length(settings), model), inputs, output, given, began)
 
 
+FIRST_TEXTS = 64
+"""So many show a head without a bias where the mean is."""
+
+
 class Finetuning(Task):
     name = "finetune"
     plan_type = FinetunePlan
@@ -80,6 +85,10 @@ class Finetuning(Task):
             distributed.on_first(self._prepare, inputs, spool)
         self.examples = ExampleSet(spool)
         planning.refuse_kind(self.examples.objective, self.config)
+        self._has_head = self.config.classifier is not None
+        self._classifier = heads.classifier_for(self.examples, self.config)
+        if self._classifier is not None:
+            self.config = self.config.classifying(self._classifier)
         return self.examples.sha256
 
     def make_plan(self, inputs: list[str], device: torch.device) -> FinetunePlan:
@@ -99,7 +108,9 @@ class Finetuning(Task):
         is_alone = distributed.world_size() == 1
         # sharding wants one dtype, and weights that are trained must be float32
         dtype = torch.bfloat16 if method is not None and plan.precision == "bf16" and is_alone else torch.float32
-        model = load_model(self._model, None if settings.method == "qlora" else dtype)
+        model = load_model(
+            self._model, None if settings.method == "qlora" else dtype, classifier=self._classifier, seed=settings.seed
+        )
         self.config = model.config = dataclasses.replace(model.config, dropout=settings.dropout)
         if method is not None:
             adapter.attach(model, method, settings.seed)
@@ -115,7 +126,8 @@ class Finetuning(Task):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.examples.tokenizer
+        tokenizer = self.examples.tokenizer
+        return tokenizer if self._classifier is None else heads.with_padding(tokenizer, self._classifier)
 
     def write(self, trainer: Trainer, directory: Path | None) -> None:
         saving.write(trainer, self.tokenizer, planning.adapter_method(self.settings), Path(self._model), directory)
@@ -130,13 +142,32 @@ class Finetuning(Task):
         if directory.exists():
             shutil.rmtree(directory)
         sources = parse_sources(inputs, self.settings.val_data)
-        prepare(sources, self.settings, Tokenizer.load(self._model), directory, seq_len=self._seq_len)
+        prepare(
+            sources,
+            self.settings,
+            Tokenizer.load(self._model),
+            directory,
+            seq_len=self._seq_len,
+            label_names=heads.known_labels(self.config),
+        )
 
     def _rows(self, split: Split, plan: FinetunePlan) -> PackedExamples | PaddedExamples:
         return rows_of(self.examples, split, plan, self.settings, self.config)
 
+    def _regression(self, model: LanguageModel) -> Regression:
+        objective = Regression(model, heads.training_values(self.examples), self._has_head)
+        if not (self._has_head or self._classifier.bias):
+            some = PaddedExamples(self.examples, "train", 1, seed=self.settings.seed).train_batch(0, FIRST_TEXTS)
+            inputs_BT, _, lengths_B, *_ = some.tensors(torch.device("cpu"))
+            objective.start_at_mean(inputs_BT, lengths_B)
+        return objective
+
     def _objective(self, model: LanguageModel, device: torch.device) -> nn.Module:
         settings, objective = self.settings, self.examples.objective
+        if objective == "regress":
+            return self._regression(model)
+        if objective in heads.HEADED:
+            return {"classify": Classification, "reward": Reward}[objective](model)
         rule = RULES.get(objective)
         if rule is None:
             return {"mlm": MaskedToken, "seq2seq": SourceToTarget}.get(objective, NextToken)(model, settings.z_loss)

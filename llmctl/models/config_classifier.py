@@ -60,8 +60,12 @@ def from_hf(hf: Mapping[str, Any], usual: Classifier) -> Classifier:
 def to_hf(classifier: Classifier, architectures: Sequence[str]) -> dict[str, Any]:
     """The keys of config.json; `architectures` are those of the language model."""
     lm = re.compile(r"(ForCausalLM|LMHeadModel|ForMaskedLM|Model)$")
+    return {"architectures": [lm.sub("", name) + ARCHITECTURE for name in architectures], **labels_to_hf(classifier)}
+
+
+def labels_to_hf(classifier: Classifier) -> dict[str, Any]:
+    """Of these keys, those that say nothing of the model."""
     return {
-        "architectures": [lm.sub("", name) + ARCHITECTURE for name in architectures],
         "num_labels": len(classifier.labels),
         "id2label": {str(number): name for number, name in enumerate(classifier.labels)},
         "label2id": {name: number for number, name in enumerate(classifier.labels)},

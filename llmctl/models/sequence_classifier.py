@@ -22,10 +22,11 @@ class ClassifierHead(nn.Module):
         self.out = Linear(d_model, len(spec.labels), bias=spec.bias)
 
     def forward(self, x_ND: torch.Tensor) -> torch.Tensor:
-        x_ND = self._drop(x_ND.to(self.out.weight.dtype))
-        if self.dense is not None:
-            x_ND = self._drop(torch.tanh(self.dense(x_ND)))
-        return self.out(x_ND)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            x_ND = self._drop(x_ND.to(self.out.weight.dtype))
+            if self.dense is not None:
+                x_ND = self._drop(torch.tanh(self.dense(x_ND)))
+            return self.out(x_ND)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -56,11 +57,23 @@ class SequenceClassifier:
         documents_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Numbers [B, labels]; the arguments are those of `hidden`. Of packed documents [N, labels], in their order."""
+        features_ND = self.features(input_ids_BT, attention_mask_BT, types_BT=types_BT, documents_BT=documents_BT)
+        return self.classifier(features_ND)
+
+    def features(
+        self,
+        input_ids_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor | None = None,
+        *,
+        types_BT: torch.Tensor | None = None,
+        documents_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the head gets of each text, [B, D] or [N, D]."""
         read_BT, rows_N, columns_N = self._places(input_ids_BT, attention_mask_BT, documents_BT)
         hidden_BTD = self.hidden(
             input_ids_BT, attention_mask_BT, types_BT=types_BT, documents_BT=documents_BT, **self._all_seeing(read_BT)
         )
-        return self.classifier(hidden_BTD[rows_N, columns_N])
+        return hidden_BTD[rows_N, columns_N]
 
     def _places(self, input_ids_BT, attention_mask_BT, documents_BT) -> tuple[torch.Tensor, ...]:
         """Where each text is read: as bool [B, T], and as row and column of text n."""

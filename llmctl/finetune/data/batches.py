@@ -37,7 +37,7 @@ _TRAIN, _VAL = 0, 1
 class ExampleBatch:
     """One example per row, padded behind; comparisons have two, those chosen in the first half, those rejected below.
 
-    `inputs` and `targets` int64 [B, T] (labelled rows have no targets but IGNORE, and whole sequences as inputs);
+    `inputs` and `targets` int64 [B, T] (rows of a classifier have no targets but IGNORE, and whole sequences as inputs);
     `lengths` int64 [B] counts the inputs of a row; `labels` as `ExampleSet.labels` has them, or None; `counted` bool
     [examples]: whose loss enters the sum.
     """
@@ -218,8 +218,8 @@ class PaddedExamples(_Split):
         labels = None if examples.labels is None else examples.labels[np.asarray(numbers)]
         if examples.objective == "seq2seq":
             return self._sources_and_targets(*columns)
-        if examples.objective in LABELLED:
-            inputs, lengths = padded([tokens.ids for tokens in columns[0]], self._pad_id)
+        if examples.objective in (*LABELLED, "reward"):
+            inputs, lengths = padded([tokens.ids for column in columns for tokens in column], self._pad_id)
             targets = np.full_like(inputs, IGNORE)
         else:
             pairs = [shifted(tokens) for column in columns for tokens in column]

@@ -51,7 +51,7 @@ class DraftEncoder:
             learned[first:stop] = True
             is_torn |= first < stop and int(places[first, 0]) < span[0]
         if draft.edges:
-            front, back = self._missing_edges(ids.tolist())
+            front, back = self._missing_edges(ids.tolist(), bool(draft.learned))
             ids = np.concatenate([front, ids, back])
             learned = np.concatenate([np.zeros(len(front), bool), learned, np.full(len(back), bool(draft.learned))])
         elif self._is_open(draft, ids, learned):
@@ -73,9 +73,12 @@ class DraftEncoder:
             return first, stop + int(self._special[ids[stop]] and places[stop, 0] == span[1])
         return first, stop
 
-    def _missing_edges(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The tokenizer's own first and last tokens, as far as the text does not bring them itself."""
-        front, back = self._tokenizer.document_edges
+    def _missing_edges(self, ids: list[int], is_learned: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The tokenizer's own first and last tokens, as far as the text does not bring them itself.
+
+        The end of a text that is only read is no EOS unless the tokenizer always puts one there.
+        """
+        front, back = self._tokenizer.document_edges if is_learned else self._tokenizer.text_edges
         front = [] if ids[: len(front)] == front else front
         back = [] if back and ids[-len(back) :] == back else back
         return np.array(front, np.int64), np.array(back, np.int64)

@@ -99,6 +99,11 @@ class ExampleSet:
         spans = self._bounds[numbers]
         return (spans[..., 1] - spans[..., 0]).max(axis=1)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence of all."""
+        return int((self._bounds[..., 1] - self._bounds[..., 0]).max())
+
     def n_tokens(self, numbers: np.ndarray) -> int:
         """Of all sequences of these examples."""
         spans = self._bounds[numbers]

@@ -1,0 +1,132 @@
+"""Objectives of a classifier: labels, measures, and which of two answers is better."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llmctl.errors import UserError
+from llmctl.evaluate import scores
+from llmctl.models.language_model import LanguageModel
+
+_RIDGE = 1e-3
+
+
+class _Labelled(nn.Module):
+    """Scores of whole texts, of which `lengths_B` says how long they are."""
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        self.model = model
+
+    def _scores(self, inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """float32 [B, labels]."""
+        return self.model(inputs_BT, _is_real(inputs_BT, lengths_B)).float()
+
+    def _result(self, losses_N: torch.Tensor, counted_N: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor:
+        """The sum in training mode, else the losses and the rows beside them that `metrics` wants."""
+        if self.training:
+            return losses_N[counted_N].sum()
+        return torch.stack([row[counted_N].double() for row in (losses_N, *beside)])
+
+
+class Classification(_Labelled):
+    """Cross-entropy of the one label, or the mean over all labels of that of having it or not."""
+
+    def forward(self, inputs_BT, targets_BT, lengths_B, labels, counted_B) -> torch.Tensor:
+        """`labels` are numbers int64 [B], or float32 [B, labels] of 0 and 1."""
+        scores_BC = self._scores(inputs_BT, lengths_B)
+        if self.model.config.classifier.kind == "single_label_classification":
+            losses_B = F.cross_entropy(scores_BC, labels, reduction="none")
+            return self._result(losses_B, counted_B, scores_BC.argmax(1), labels)
+        if labels.dim() == 1:
+            labels = F.one_hot(labels, scores_BC.shape[1]).float()
+        losses_B = F.binary_cross_entropy_with_logits(scores_BC, labels, reduction="none").mean(1)
+        return self._result(losses_B, counted_B, *(scores_BC > 0).unbind(1), *labels.unbind(1))
+
+    def metrics(self, rows: torch.Tensor) -> dict[str, float]:
+        predicted, true = (half.mT.squeeze(1).numpy() if len(half) == 1 else half.mT.numpy() for half in rows.chunk(2))
+        return {"accuracy": scores.accuracy(predicted, true), "macro_f1": scores.macro_f1(predicted, true)}
+
+
+class Regression(_Labelled):
+    """Squared error of standardized targets.
+
+    While it trains, the head gives standardized numbers; `as_saved` puts it into the data's units. A head without a bias
+    can only stretch, so there the targets keep their mean, at which it starts (see `start_at_mean`).
+    """
+
+    measure = "squared deviations"
+
+    def __init__(self, model: LanguageModel, targets_N: np.ndarray, has_head: bool):
+        """`targets_N` are all that are trained on; `has_head`: the model's head knows the data's units already."""
+        super().__init__(model)
+        self._scale = float(targets_N.std())
+        if self._scale == 0:
+            raise UserError(f"all {len(targets_N)} values to train on are {targets_N[0]:g}: nothing to learn")
+        self._mean = float(targets_N.mean())
+        self._shift = 0.0 if model.classifier.out.bias is None else self._mean
+        if has_head:
+            self._change_units(1 / self._scale, -self._shift / self._scale)
+
+    def forward(self, inputs_BT, targets_BT, lengths_B, labels_B, counted_B) -> torch.Tensor:
+        """`labels_B` float64 in the data's units."""
+        scores_B = self._scores(inputs_BT, lengths_B)[:, 0]
+        wanted_B = ((labels_B - self._shift) / self._scale).float()
+        losses_B = (scores_B - wanted_B).square()
+        return self._result(losses_B, counted_B, scores_B.double() * self._scale + self._shift, labels_B)
+
+    def metrics(self, rows_2N: torch.Tensor) -> dict[str, float]:
+        predicted_N, true_N = rows_2N.numpy()
+        return {"spearman": scores.spearman(predicted_N, true_N), "rmse": scores.rmse(predicted_N, true_N)}
+
+    @torch.no_grad()
+    def start_at_mean(self, inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> None:
+        """Give a head without a bias the weights, by ridge regression, with which these texts come nearest to the mean."""
+        features_BD = self.model.eval().features(inputs_BT, _is_real(inputs_BT, lengths_B)).double()
+        products_BB = features_BD @ features_BD.mT
+        ridge = _RIDGE * products_BB.diagonal().mean() * torch.eye(len(features_BD))
+        constant_D = features_BD.mT @ torch.linalg.solve(products_BB + ridge, torch.ones(len(features_BD)).double())
+        self.model.classifier.out.weight.copy_(self._mean / self._scale * constant_D)
+
+    @contextlib.contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Within the block the model's outputs have the data's units; after it every bit is as before."""
+        parameters = list(self.model.classifier.out.parameters())
+        before = [parameter.detach().clone() for parameter in parameters]
+        self._change_units(self._scale, self._shift)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+
+    @torch.no_grad()
+    def _change_units(self, scale: float, shift: float) -> None:
+        head = self.model.classifier.out
+        head.weight.mul_(scale)
+        if head.bias is not None:
+            head.bias.mul_(scale).add_(shift)
+
+
+class Reward(_Labelled):
+    """-log sigmoid(reward of the chosen answer - reward of the rejected one): Bradley and Terry's model."""
+
+    def forward(self, inputs_BT, targets_BT, lengths_B, labels, counted_P) -> torch.Tensor:
+        """Rows are the chosen texts of all pairs, then the rejected ones."""
+        chosen_P, rejected_P = self._scores(inputs_BT, lengths_B)[:, 0].chunk(2)
+        margin_P = chosen_P - rejected_P
+        return self._result(-F.logsigmoid(margin_P), counted_P, margin_P > 0)
+
+    def metrics(self, is_right_1P: torch.Tensor) -> dict[str, float]:
+        return {"accuracy": is_right_1P.mean().item()}
+
+
+def _is_real(inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    return torch.arange(inputs_BT.shape[1], device=inputs_BT.device) < lengths_B[:, None]
