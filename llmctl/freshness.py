@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import llmctl
 from llmctl.files import write_atomic
+from llmctl.lineage import code_sha256
 
 if TYPE_CHECKING:
     from llmctl.pipeline import CommandLine, Stage
@@ -24,7 +24,7 @@ def keys(stages: list[Stage]) -> dict[Stage, str | None]:
 
     None for one that reads the pipeline's own standard input, which nobody can foresee, and for what follows it.
     """
-    code = _code_sha256()
+    code = code_sha256()
     known: dict[Stage, str | None] = {}
     for stage in stages:
         sources = [known[maker] if maker else _sha256(path) for path, maker in stage.makers.items()]
@@ -87,11 +87,4 @@ def _sha256(path: str | Path) -> str:
         with open(file, "rb") as content:
             while block := content.read(1 << 20):
                 total.update(block)
-    return total.hexdigest()
-
-
-def _code_sha256() -> str:
-    total = hashlib.sha256(llmctl.__version__.encode())
-    for file in sorted(Path(llmctl.__file__).parent.rglob("*.py")):
-        total.update(file.read_bytes())
     return total.hexdigest()

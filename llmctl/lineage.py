@@ -22,10 +22,18 @@ COVERED_SUFFIXES = {".json", ".safetensors", ".model", ".jinja", ".onnx"}
 
 def versions() -> dict[str, str]:
     """Of what shapes a result, without importing it."""
-    found = {"llmctl": llmctl.__version__, "python": platform.python_version()}
+    found = {"llmctl": llmctl.__version__, "code": code_sha256()[:12], "python": platform.python_version()}
     for package in ("torch", "tokenizers"):
         found[package] = importlib.metadata.version(package)
     return found
+
+
+def code_sha256() -> str:
+    """The identity of this package's own code, which changes more often than its version."""
+    total = hashlib.sha256(llmctl.__version__.encode())
+    for file in sorted(Path(llmctl.__file__).parent.rglob("*.py")):
+        total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 @dataclass

@@ -184,6 +184,21 @@ def test_resume_refuses_by_name_what_would_change_the_run(tmp_path, tokens, writ
     assert len(list((output / "trainer").glob("step-*"))) == 2
 
 
+def test_a_run_that_goes_on_under_other_versions_says_so_in_one_line(tmp_path, tokens, caplog):
+    output = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(output, tokens, at_event=interrupt_at(4))
+    plan_file = output / "trainer" / "plan.json"
+    plan = json.loads(plan_file.read_text())
+    plan["versions"] |= {"torch": "1.0", "code": "0123456789ab"}
+    plan_file.write_text(json.dumps(plan))
+    with caplog.at_level("WARNING", logger="llmctl"):
+        run(output, resume=True)
+    (record,) = [record for record in caplog.records if "the run began with" in record.message]
+    assert "torch 1.0, now 2" in record.message and "code 0123456789ab, now" in record.message
+    assert "python" not in record.message
+
+
 def test_a_time_budget_becomes_steps_once(tmp_path, tokens):
     """A run killed before its first save goes on with the number that is on record, known from the same step on."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

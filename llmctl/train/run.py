@@ -177,7 +177,7 @@ class Run:
         then = {**plan.versions, "threads": plan.threads}
         changed = [f"{name} {then[name]}, now {now[name]}" for name in now if now[name] != then.get(name, now[name])]
         if changed:
-            log.warning("the run began with %s: its last bits may differ", " and with ".join(changed))
+            log.warning("the run began with %s: its last bits may differ", "; ".join(changed))
 
     def _started(self) -> Started:
         config, stepping = self.task.config, self.stepping
