@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from llmctl.ops import native
-from llmctl.ops.dispatch import DTYPES, inference_library, is_inference
+from llmctl.ops.dispatch import DTYPES, inference_library, is_inference, is_training
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 """In the order of LLMCTL_SILU and following in csrc/llmctl.h."""
@@ -22,6 +22,8 @@ _IN_TORCH = {
 def activate(kind: str, x: torch.Tensor, up: torch.Tensor | None = None) -> torch.Tensor:
     """activation(x) [* up]. For inference on a CPU it is rounded once, and an element does not depend on its place: torch's
     own differ in the last bit between whole vectors and what is left over at the end of a tensor."""
+    if up is not None and up.shape == x.shape and is_training(x, up):
+        return _Gated.apply(kind, x, up)
     if not is_inference(x, up) or (up is not None and up.shape != x.shape):
         return reference(kind, x, up)
     return _operator(kind, x, up) if torch.compiler.is_compiling() else _run(kind, x, up)
@@ -42,6 +44,31 @@ def _run(kind: str, x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     pointers = x.data_ptr(), None if up is None else up.data_ptr(), out.data_ptr()
     native.call(library, "llmctl_activation", DTYPES[x.dtype], KINDS.index(kind), *pointers, x.numel())
     return out
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps x and up alone: what lies between is made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, kind, x, up):
+        ctx.kind = kind
+        ctx.save_for_backward(x, up)
+        return _run(kind, x, up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, up = ctx.saved_tensors
+        grad_up = grad * _IN_TORCH[ctx.kind](x) if ctx.needs_input_grad[2] else None
+        grad_x = _GRADIENTS[ctx.kind](grad * up, x) if ctx.needs_input_grad[1] else None
+        return None, grad_x, grad_up
+
+
+_GRADIENTS = {
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward(grad, x, approximate="tanh"),
+    "relu": lambda grad, x: grad * (x > 0),
+}
 
 
 @torch.library.custom_op("llmctl::activation", mutates_args=())

@@ -30,6 +30,19 @@ def is_inference(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+def is_training(*tensors: torch.Tensor) -> bool:
+    """Whether a kernel of ours may stand inside a function with a gradient of its own: on a CPU, eager, of one dtype."""
+    first = tensors[0]
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and first.device.type == "cpu"
+        and first.dtype in DTYPES
+        and all(tensor.dtype == first.dtype and type(tensor) in _PLAIN for tensor in tensors)
+        and inference_library() is not None
+    )
+
+
 def cpu_library() -> ctypes.CDLL | None:
     """The library with as many threads as torch has, or None where LLMCTL_KERNELS wants plain torch."""
     library = native.library()

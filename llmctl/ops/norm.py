@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from llmctl.ops import native
-from llmctl.ops.dispatch import DTYPES, inference_library, is_inference
+from llmctl.ops.dispatch import DTYPES, inference_library, is_inference, is_training
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension; weight [D], x [..., D] of the same dtype."""
+    if x.shape[-1:] == weight.shape and x.shape[-1] and is_training(x, weight):
+        return _Norm.apply(x, weight, eps, offset)
     if not is_inference(x, weight) or x.shape[-1:] != weight.shape or x.shape[-1] == 0:
         return reference(x, weight, eps, offset)
     return _operator(x, weight, eps, offset) if torch.compiler.is_compiling() else _run(x, weight, eps, offset)
@@ -36,6 +38,27 @@ def _run(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> to
         library, "llmctl_rms_norm", DTYPES[x.dtype], rows.data_ptr(), rows.stride(0), *pointers, rows.shape[0], n
     )
     return out
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps x in its own dtype; torch's keeps it in float32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset):
+        ctx.eps, ctx.offset = eps, offset
+        ctx.save_for_backward(x, weight)
+        return _run(x, weight, eps, offset)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        long_x, long_grad = x.float(), grad.float()
+        scale = torch.rsqrt(long_x.square().mean(-1, keepdim=True).add_(ctx.eps))
+        unit = long_x * scale
+        grad_weight = (long_grad * unit).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        through = long_grad * (weight.float() + ctx.offset)
+        along = (through * unit).mean(-1, keepdim=True)
+        return through.addcmul_(unit, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None, None
 
 
 @torch.library.custom_op("llmctl::rms_norm", mutates_args=())

@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from llmctl.ops import native
-from llmctl.ops.dispatch import DTYPES, inference_library, is_inference
+from llmctl.ops.dispatch import DTYPES, inference_library, is_inference, is_training
 
 
 def rotate(x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -15,6 +15,8 @@ def rotate(x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
     `cos` and `sin` are [T, dims], or [B, 1, T, dims] where rows have positions of their own.
     """
+    if is_training(x_BHTK, cos, sin) and not (cos.requires_grad or sin.requires_grad):
+        return _Rotation.apply(x_BHTK, cos, sin)
     if not is_inference(x_BHTK, cos, sin):
         return reference(x_BHTK, cos, sin)
     return _operator(x_BHTK, cos, sin) if torch.compiler.is_compiling() else _run(x_BHTK, cos, sin)
@@ -55,6 +57,20 @@ def _run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         dims,
     )
     return out
+
+
+class _Rotation(torch.autograd.Function):
+    """Back through a rotation goes the rotation the other way."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _run(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _run(grad, cos, -sin), None, None
 
 
 @torch.library.custom_op("llmctl::rotate", mutates_args=())

@@ -57,7 +57,10 @@ def token_losses(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """The gradient is worked out in the forward pass, where the logits are at hand, and scaled in the backward."""
+    """The gradient is worked out in the forward pass, where the logits are at hand, and scaled in the backward.
+
+    A frozen head gets none, which saves a third of the head's time.
+    """
 
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, bias_V, targets_N, z_loss, softcap):
@@ -72,15 +75,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if slope_NV is not None:
                 logits_NV *= slope_NV
             grad_hidden.append(logits_NV @ head_VD)
-            part_VD = logits_NV.mT @ h_ND
-            # the only chunk's gradient is rounded once; those of several are summed in float32
-            if len(h_ND) < len(hidden_ND):
-                part_VD = part_VD.float()
-            grad_head_VD = part_VD if grad_head_VD is None else grad_head_VD.add_(part_VD)
+            if ctx.needs_input_grad[1]:
+                part_VD = logits_NV.mT @ h_ND
+                # the only chunk's gradient is rounded once; those of several are summed in float32
+                if len(h_ND) < len(hidden_ND):
+                    part_VD = part_VD.float()
+                grad_head_VD = part_VD if grad_head_VD is None else grad_head_VD.add_(part_VD)
             if grad_bias_V is not None:
                 grad_bias_V += logits_NV.sum(0, dtype=torch.float32)
         grad_bias_V = None if bias_V is None else grad_bias_V.to(bias_V.dtype)
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_head_VD.to(head_VD.dtype), grad_bias_V)
+        grad_head_VD = None if grad_head_VD is None else grad_head_VD.to(head_VD.dtype)
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_head_VD, grad_bias_V)
         return total
 
     @staticmethod
