@@ -238,3 +238,24 @@ def test_bad_labels_are_named(bases, rows, tmp_path):
     with pytest.raises(UserError, match="nothing to learn"):
         finetune(bases / "llama", same, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_classify_says_what_the_model_does(bases, rows, tmp_path, llmctl):
+    """Through the command: every kind of row, an adapter found by its base, the same at any batch size."""
+    finetune(bases / "llama", rows["single"], tmp_path / "labels", method="lora")
+    finetune(bases / "llama", rows["regress"], tmp_path / "values", method="full")
+    given = write(tmp_path / "texts.jsonl", [{"id": i, "text": text, "label": "?"} for i, text in enumerate(TEXTS)])
+    lines = llmctl("classify", tmp_path / "labels", given, "--batch-size", 1).stdout.splitlines()
+    assert lines == llmctl("classify", bases / "llama", given, "--adapter", tmp_path / "labels").stdout.splitlines()
+    said = [json.loads(line) for line in lines]
+    assert [(row["id"], row["text"], row["label"]) for row in said] == [(i, text, "?") for i, text in enumerate(TEXTS)]
+    assert all(abs(sum(row["probabilities"].values()) - 1) < 1e-6 for row in said)
+    assert all(row["predicted"] == max(row["probabilities"], key=row["probabilities"].get) for row in said)
+    ours = load_model(tmp_path / "values")
+    with torch.no_grad():
+        expected = ours(torch.tensor([list(b"awful")])).item()
+    run = llmctl("classify", tmp_path / "values", input="awful\n")
+    assert json.loads(run.stdout) == {"text": "awful", "predicted": pytest.approx(expected)}
+    refused = llmctl("generate", tmp_path / "values", "hi", code=1)
+    assert "llmctl classify" in refused.stderr and not refused.stdout
+    assert "not a classifier" in llmctl("classify", bases / "llama", given, code=1).stderr

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from llmctl.data.text_batches import TextBatches
 from llmctl.data.text_rows import TextRow
 from llmctl.devices import choose_device
 from llmctl.embedding.settings import EmbedSettings
-from llmctl.errors import CalledWrongly, UserError
+from llmctl.errors import CalledWrongly
 from llmctl.files import read_json
 from llmctl.models.config import LocalAttention, ModelConfig
 from llmctl.models.language_model import LanguageModel
 from llmctl.models.loading import load_model
 from llmctl.tokenizer import Tokenizer
 
-_BATCHES_SORTED = 64
-"""So many batches are read ahead, and made of texts of like length."""
 _THEIR_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
 
 
@@ -32,7 +30,10 @@ class Embedder:
     def __init__(self, model: LanguageModel, tokenizer: Tokenizer, settings: EmbedSettings, pooling: str):
         self.model, self.tokenizer, self.settings, self.pooling = model, tokenizer, settings, pooling
         stack = model.config.encoder or model.config
-        self._max_tokens, self._n_states = stack.max_positions, stack.n_layers + 1
+        self._n_states = stack.n_layers + 1
+        self._batches = TextBatches(
+            tokenizer, tokenizer.encode, stack.max_positions, settings.batch_size, settings.on_long
+        )
         layer = settings.layer
         if layer is not None and not -self._n_states <= layer < self._n_states:
             raise CalledWrongly(f"--layer {layer}: the model has the layers 0 to {self._n_states - 1}")
@@ -54,37 +55,12 @@ class Embedder:
 
     def embed(self, rows: Iterable[TextRow]) -> Iterator[tuple[TextRow, np.ndarray]]:
         """Each row and its vector, in the order of the rows. Raises UserError for a text that does not fit."""
-        rows = iter(rows)
-        while window := list(islice(rows, self.settings.batch_size * _BATCHES_SORTED)):
-            ids = [self._encoded(row) for row in window]
-            order = sorted(range(len(window)), key=lambda i: len(ids[i]))
-            vectors = np.empty((len(window), self.width), dtype=np.float32)
-            for at in range(0, len(order), self.settings.batch_size):
-                batch = order[at : at + self.settings.batch_size]
-                vectors[batch] = self._vectors([ids[i] for i in batch])
-            yield from zip(window, vectors)
-
-    def _encoded(self, row: TextRow) -> list[int]:
-        ids = self.tokenizer.encode(row.text)
-        if not ids:
-            raise UserError(f"{row.name}: an empty text has no tokens, and so no vector")
-        if self._max_tokens is None or len(ids) <= self._max_tokens:
-            return ids
-        if self.settings.on_long == "error":
-            raise UserError(
-                f"{row.name}: {len(ids)} tokens, the model's context is {self._max_tokens}",
-                hint="--on-long truncate cuts such texts",
-            )
-        n_behind = _tokens_behind(ids, self.tokenizer.encode(row.text, add_special_tokens=False))
-        return ids[: self._max_tokens - n_behind] + ids[len(ids) - n_behind :]
+        return self._batches.results(rows, self._vectors)
 
     @torch.inference_mode()
     def _vectors(self, ids: Sequence[list[int]]) -> np.ndarray:
         device = self.model.embed_tokens.weight.device
-        lengths_B = torch.tensor([len(row) for row in ids], device=device)
-        padding = self.tokenizer.pad_id or 0
-        inputs_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in ids], True, padding).to(device)
-        is_real_BT = torch.arange(inputs_BT.shape[1], device=device) < lengths_B[:, None]
+        inputs_BT, is_real_BT = self._batches.padded(ids, device)
         states_BTD = self._states(inputs_BT, is_real_BT).float()
         vectors_BD = pool(states_BTD, is_real_BT, self.pooling)
         if self.settings.normalize:
@@ -124,10 +100,3 @@ def usual_pooling(path: str | os.PathLike, config: ModelConfig) -> str:
             if saved.get(key):
                 return pooling
     return "last" if config.kind == "causal" else "mean"
-
-
-def _tokens_behind(ids: list[int], own: list[int]) -> int:
-    """How many of the ids the tokenizer put behind those of the text itself."""
-    added = len(ids) - len(own)
-    front = next((n for n in range(added + 1) if ids[n : n + len(own)] == own), added)
-    return added - front

@@ -36,6 +36,11 @@ class Session:
     marks: Marks
 
     def __post_init__(self):
+        if self.model.config.classifier is not None:
+            raise UserError(
+                f"this {self.model.config.family} is a classifier: it predicts no tokens",
+                hint="llmctl classify works with it",
+            )
         if self.model.config.kind == "masked":
             raise UserError(
                 f"{self.model.config.family} is an encoder: it reads a whole text and cannot continue one",
