@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import click
 from llmctl import ui
 from llmctl.loggers import LOGGERS
 from llmctl.quantities import format_count, format_duration, format_size
-from llmctl.train.events import Event, Finished, Planned, Saved, Started, Trained, Validated
+from llmctl.train.events import Compared, Event, Finished, Planned, Saved, Started, Trained, Validated
 
 if TYPE_CHECKING:
     from llmctl.train.run import Run
@@ -58,7 +59,10 @@ def show_run(run: Run) -> None:
         return
     with Reports(run.settings.log, run.directory.path) as reports:
         for event in run.run():
-            reports.show(event)
+            if isinstance(event, Compared):
+                ui.table("before and after", ["", "before", "after", "change"], list(_comparison(event)))
+            else:
+                reports.show(event)
     ui.print_data(str(run.directory.path))
 
 
@@ -91,6 +95,12 @@ def line(event: Event) -> str:
             return f"step {event.step}  saved {event.path}"
         case Finished():
             return f"finished {event.step} steps in {format_duration(event.seconds)}: {event.path}"
+
+
+def _comparison(event: Compared) -> Iterator[list[str]]:
+    """A loss that fell was gained, one that rose lost."""
+    for name, (before, after) in event.rows.items():
+        yield [name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f} {'gained' if after < before else 'lost'}"]
 
 
 def _dry_run_rows(found: dict) -> list[list[str]]:

@@ -90,6 +90,8 @@ def test_each_method_leaves_what_others_load(base, chats, tmp_path, method):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_killed_run_goes_on_to_the_same_bits(base, chats, tmp_path, method):
     flags = ["--method", method, "--dropout", "0.1", "--save-every", "2", *SHORT, "--steps", "30"]
+    if method == "lora":
+        flags += ["--neftune", "5", "--keep-best", "--early-stopping", "2", "--validate-every", "3", "--lr", "0.03"]
     assert finetune(base, chats, "-o", tmp_path / "whole", *flags).returncode == 0
     command = [sys.executable, "-m", "llmctl", "finetune", base, chats, "-o", tmp_path / "killed", *flags]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)

@@ -24,9 +24,29 @@ class _Labelled(nn.Module):
         super().__init__()
         self.model = model
 
-    def _scores(self, inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    sequences = 1
+    """Texts of an example."""
+
+    def forward(self, *batch: torch.Tensor | None) -> torch.Tensor:
+        """As `_result` has it, of the rows of an `ExampleBatch`."""
+        return self.loss(*self.features(*batch))
+
+    def features(self, inputs_BT, targets_BT, lengths_B, labels, counted) -> tuple[torch.Tensor, ...]:
+        """What the head gets of each text, [B, D], and the rest of what `loss` takes."""
+        features_BD = self.model.features(inputs_BT, _is_real(inputs_BT, lengths_B))
+        return features_BD, *([] if labels is None else [labels]), counted
+
+    def _scores(self, features_BD: torch.Tensor) -> torch.Tensor:
         """float32 [B, labels]."""
-        return self.model(inputs_BT, _is_real(inputs_BT, lengths_B)).float()
+        return self.model.classifier(features_BD).float()
+
+    @torch.no_grad()
+    def begin_with(self, inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> None:
+        """Fit a fresh head to what the model makes of these texts."""
+        self._fit(self.model.eval().features(inputs_BT, _is_real(inputs_BT, lengths_B)))
+
+    def _fit(self, features_BD: torch.Tensor) -> None:
+        self.model.classifier.standardize(features_BD)
 
     def _result(self, losses_N: torch.Tensor, counted_N: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor:
         """The sum in training mode, else the losses and the rows beside them that `metrics` wants."""
@@ -38,9 +58,9 @@ class _Labelled(nn.Module):
 class Classification(_Labelled):
     """Cross-entropy of the one label, or the mean over all labels of that of having it or not."""
 
-    def forward(self, inputs_BT, targets_BT, lengths_B, labels, counted_B) -> torch.Tensor:
+    def loss(self, features_BD, labels, counted_B) -> torch.Tensor:
         """`labels` are numbers int64 [B], or float32 [B, labels] of 0 and 1."""
-        scores_BC = self._scores(inputs_BT, lengths_B)
+        scores_BC = self._scores(features_BD)
         if self.model.config.classifier.kind == "single_label_classification":
             losses_B = F.cross_entropy(scores_BC, labels, reduction="none")
             return self._result(losses_B, counted_B, scores_BC.argmax(1), labels)
@@ -58,7 +78,7 @@ class Regression(_Labelled):
     """Squared error of standardized targets.
 
     While it trains, the head gives standardized numbers; `as_saved` puts it into the data's units. A head without a bias
-    can only stretch, so there the targets keep their mean, at which it starts (see `start_at_mean`).
+    can only stretch, so there the targets keep their mean, at which it starts.
     """
 
     measure = "squared deviations"
@@ -74,9 +94,9 @@ class Regression(_Labelled):
         if has_head:
             self._change_units(1 / self._scale, -self._shift / self._scale)
 
-    def forward(self, inputs_BT, targets_BT, lengths_B, labels_B, counted_B) -> torch.Tensor:
+    def loss(self, features_BD, labels_B, counted_B) -> torch.Tensor:
         """`labels_B` float64 in the data's units."""
-        scores_B = self._scores(inputs_BT, lengths_B)[:, 0]
+        scores_B = self._scores(features_BD)[:, 0]
         wanted_B = ((labels_B - self._shift) / self._scale).float()
         losses_B = (scores_B - wanted_B).square()
         return self._result(losses_B, counted_B, scores_B.double() * self._scale + self._shift, labels_B)
@@ -85,10 +105,12 @@ class Regression(_Labelled):
         predicted_N, true_N = rows_2N.numpy()
         return {"spearman": scores.spearman(predicted_N, true_N), "rmse": scores.rmse(predicted_N, true_N)}
 
-    @torch.no_grad()
-    def start_at_mean(self, inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> None:
-        """Give a head without a bias the weights, by ridge regression, with which these texts come nearest to the mean."""
-        features_BD = self.model.eval().features(inputs_BT, _is_real(inputs_BT, lengths_B)).double()
+    def _fit(self, features_BD: torch.Tensor) -> None:
+        """A head without a bias gets the weights, by ridge regression, with which the texts come nearest to the mean."""
+        super()._fit(features_BD)
+        if self.model.classifier.out.bias is not None:
+            return
+        features_BD = features_BD.double().cpu()
         products_BB = features_BD @ features_BD.mT
         ridge = _RIDGE * products_BB.diagonal().mean() * torch.eye(len(features_BD))
         constant_D = features_BD.mT @ torch.linalg.solve(products_BB + ridge, torch.ones(len(features_BD)).double())
@@ -118,9 +140,11 @@ class Regression(_Labelled):
 class Reward(_Labelled):
     """-log sigmoid(reward of the chosen answer - reward of the rejected one): Bradley and Terry's model."""
 
-    def forward(self, inputs_BT, targets_BT, lengths_B, labels, counted_P) -> torch.Tensor:
+    sequences = 2
+
+    def loss(self, features_BD, counted_P) -> torch.Tensor:
         """Rows are the chosen texts of all pairs, then the rejected ones."""
-        chosen_P, rejected_P = self._scores(inputs_BT, lengths_B)[:, 0].chunk(2)
+        chosen_P, rejected_P = self._scores(features_BD)[:, 0].chunk(2)
         margin_P = chosen_P - rejected_P
         return self._result(-F.logsigmoid(margin_P), counted_P, margin_P > 0)
 

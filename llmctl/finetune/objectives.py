@@ -72,11 +72,10 @@ class Comparison(nn.Module):
 class SourceToTarget(NextToken):
     """The next-token loss of what an encoder-decoder writes, with one source and its target to a row."""
 
-    def forward(self, sources_BS, source_lengths_B, inputs_BT, targets_BT) -> torch.Tensor:
-        """Sum of nats over all targets in training mode; [B * T] nats of each, without gradient, in eval mode."""
+    def features(self, sources_BS, source_lengths_B, inputs_BT, targets_BT) -> tuple[torch.Tensor, torch.Tensor]:
         mask_BS = torch.arange(sources_BS.shape[1], device=sources_BS.device) < source_lengths_B[:, None]
         hidden_BTD = self.model.hidden(inputs_BT, memory=self.model.encode(sources_BS, mask_BS))
-        return self._loss(hidden_BTD.flatten(0, 1), targets_BT.flatten())
+        return hidden_BTD.flatten(0, 1), targets_BT.flatten()
 
 
 @dataclass(frozen=True)

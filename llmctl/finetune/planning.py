@@ -13,21 +13,26 @@ from llmctl.finetune import methods, quantized
 from llmctl.finetune.data.prepare import default_seq_len
 from llmctl.finetune.data.store import ExampleSet
 from llmctl.finetune.heads import HEADED
+from llmctl.finetune.objectives import RULES
 from llmctl.finetune.settings import SOFT, FinetuneSettings
 from llmctl.models import families
 from llmctl.models.config import ModelConfig
 from llmctl.models.loading import usual_classifier
 from llmctl.quantities import format_count, format_size
-from llmctl.train import hardware, plan
+from llmctl.train import distributed, hardware, plan
 
 EPOCHS = 3.0
 STEPS_PER_EPOCH = 32
 """As many as the default batch leaves of a small set: fewer teach little, however good each is."""
 
-RATES = {"full": 3e-4, "freeze": 3e-4, "lora": 3e-3, "qlora": 3e-3, "adapter": 1e-3}
+RATES = {"full": 3e-4, "freeze": 3e-4, "feature": 3e-3, "lora": 3e-3, "qlora": 3e-3, "adapter": 1e-3}
 """Peak rates at width 128; they fall with the width, to 2e-5 (full) and 2e-4 (lora) at 2048."""
 FIXED_RATES = {"ia3": 3e-3, "prompt": 3e-2, "prefix": 3e-2}
 """Of factors around one, and of what stands among activations: the width does not matter."""
+HEAD_RATE = 3e-3
+"""At width 128, where nothing but a classifier's head learns."""
+COMPARISON_SHARE = 0.1
+"""Of the rate: answers are compared in whole sequences, and steps as large as those of tokens undo what the model knows."""
 
 
 @dataclass(kw_only=True)
@@ -56,7 +61,7 @@ def make_plan(
     dtype = hardware.compute_dtype(settings.precision, device)
     if examples.objective in HEADED:  # whose rows hold one text each
         seq_len = min(seq_len, examples.longest)
-    rate = settings.learning_rate or learning_rate(settings.method, config.d_model)
+    rate = settings.learning_rate or learning_rate(settings, examples.objective, config.d_model)
     return FinetunePlan(
         model=model,
         settings=asdict(settings),
@@ -82,8 +87,13 @@ def default_batch_size(rows_per_epoch: int, seq_len: int, device: torch.device) 
     return max(1, min(at_once, rows_per_epoch // STEPS_PER_EPOCH))
 
 
-def learning_rate(method: str, d_model: int) -> float:
-    return FIXED_RATES[method] if method in FIXED_RATES else RATES[method] * 128 / d_model
+def learning_rate(settings: FinetuneSettings, objective: str, d_model: int) -> float:
+    method = settings.method
+    if method == "freeze" and not (settings.train_layers or settings.train_modules):
+        rate = HEAD_RATE * 128 / d_model
+    else:
+        rate = FIXED_RATES[method] if method in FIXED_RATES else RATES[method] * 128 / d_model
+    return rate * (COMPARISON_SHARE if objective in RULES else 1.0)
 
 
 def seq_len(settings: FinetuneSettings, config: ModelConfig) -> int:
@@ -178,6 +188,37 @@ def refuse_kind(objective: str, config: ModelConfig) -> None:
         raise UserError(
             f"--objective {objective} needs a model that {does[wanted]}; {config.family} {does[config.kind]}"
         )
+
+
+def refuse_no_features(settings: FinetuneSettings, objective: str) -> None:
+    """Raise CalledWrongly where a head cannot be trained on what the backbone makes of each row once."""
+    if settings.method != "feature":
+        return
+    if objective in RULES:
+        raise CalledWrongly(
+            f"--method feature cannot compare answers as {objective} does",
+            hint="--method freeze --train-modules lm_head",
+        )
+    if distributed.world_size() > 1:
+        raise CalledWrongly("--method feature trains a head alone, which is work for one process")
+    for name in ("teacher", "neftune"):
+        if getattr(settings, name):
+            raise CalledWrongly(f"--{name} and --method feature exclude each other: the backbone runs once, in front")
+    if settings.retain:
+        raise CalledWrongly("--retain and --method feature exclude each other")
+
+
+def refuse_extras(settings: FinetuneSettings, objective: str, config: ModelConfig) -> None:
+    """Raise CalledWrongly for a teacher or an earlier task where the objective or the kind of model has no place for it."""
+    predicts = ("sft", "causal", "mlm", "seq2seq")
+    if settings.teacher and objective not in predicts:
+        raise CalledWrongly(f"--teacher is for {', '.join(predicts)}; the objective is {objective}")
+    if settings.retain and (objective in HEADED or config.kind == "seq2seq"):
+        raise CalledWrongly(
+            f"--retain scores a model that predicts the tokens of a text, which {config.family} here does not"
+        )
+    if settings.retain and distributed.world_size() > 1 and objective not in ("sft", "causal", "mlm"):
+        raise CalledWrongly(f"--retain with several processes is for sft, causal and mlm, not {objective}")
 
 
 def _ranks(words: tuple[str, ...]) -> dict[str, int]:

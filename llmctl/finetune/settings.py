@@ -7,18 +7,19 @@ from typing import Literal
 
 from llmctl.data.masking_settings import MaskingSettings
 from llmctl.finetune.data.settings import DataSettings
-from llmctl.train.settings import OPTIMIZER, RunSettings, flag
+from llmctl.train.settings import OPTIMIZER, REGULARIZATION, RunSettings, flag
 
-METHOD, PREFERENCE = "Method", "Preferences"
+METHOD, PREFERENCE, EARLIER = "Method", "Preferences", "Earlier task and teacher"
 SOFT = ("prompt", "prefix")
 """Methods of virtual tokens in front of each text."""
 
 
 @dataclass(frozen=True)
 class MethodSettings:
-    method: Literal["full", "freeze", "lora", "qlora", "adapter", "ia3", "prompt", "prefix"] = flag(
+    method: Literal["full", "freeze", "feature", "lora", "qlora", "adapter", "ia3", "prompt", "prefix"] = flag(
         "lora",
-        "What is trained: every weight; some of them (freeze, with --train-layers and --train-modules); low-rank matrices "
+        "What is trained: every weight; some of them (freeze, with --train-layers and --train-modules); the head alone, on "
+        "what the rest makes of each row once and for all (feature); low-rank matrices "
         "beside them, over a base in few bits with qlora; bottleneck adapters; (IA)3's factors; or virtual tokens in front "
         "of every text, by their embeddings (prompt) or their keys and values (prefix).",
         METHOD,
@@ -78,7 +79,29 @@ class PreferenceSettings:
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(RunSettings, MaskingSettings, PreferenceSettings, MethodSettings, DataSettings):
+class EarlierSettings:
+    retain: str | None = flag(
+        None,
+        "Text or a token stream of an earlier task: scored before and after, to show what is forgotten.",
+        EARLIER,
+        type="path",
+        metavar="CORPUS",
+    )
+    replay: str | None = flag(
+        None,
+        "Mix this share of rows of an earlier task's text or token stream in, so that less is forgotten.",
+        EARLIER,
+        metavar="CORPUS:SHARE",
+    )
+    teacher: str | None = flag(
+        None, "A checkpoint of the same vocabulary, whose probabilities are learned too.", EARLIER, type="path"
+    )
+    teacher_weight: float = flag(1.0, "Of the teacher beside the data.", EARLIER, above=0)
+    teacher_temperature: float = flag(1.0, "At which both models' probabilities are compared.", EARLIER, above=0)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(RunSettings, MaskingSettings, EarlierSettings, PreferenceSettings, MethodSettings, DataSettings):
     optimizer: Literal["adamw", "muon"] = flag("adamw", "muon is for the matrices, with AdamW for the rest.", OPTIMIZER)
     schedule: Literal["cosine", "linear", "wsd"] = flag(
         "cosine",
@@ -87,9 +110,13 @@ class FinetuneSettings(RunSettings, MaskingSettings, PreferenceSettings, MethodS
     )
     learning_rate: float | None = flag(
         None,
-        "Peak rate; by default what suits the method and the model's width (2e-5 full, 2e-4 lora at width 2048).",
+        "Peak rate; by default what suits the method and the model's width (2e-5 full, 2e-4 lora at width 2048; a tenth of "
+        "it where answers are compared).",
         OPTIMIZER,
         flags=["--lr"],
         above=0,
+    )
+    neftune: float | None = flag(
+        None, "Noise on embeddings, of this size before it is divided by sqrt(tokens x width).", REGULARIZATION, above=0
     )
     weight_decay: float = flag(0.0, "Of the matrices inside the blocks.", OPTIMIZER, at_least=0)

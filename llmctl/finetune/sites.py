@@ -15,7 +15,7 @@ from llmctl.finetune import quantized
 from llmctl.models import families, weights
 
 KEYWORDS = {
-    "attention": r"(.*\.)?(mixer|cross_attention)\.\w+",
+    "attention": r"(.*\.)?(mixer|cross)\.\w+",
     "ffn": r"(.*\.)?ffn\..+",
     "all-linear": r"(.*\.)?layers\..+",
 }

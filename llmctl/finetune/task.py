@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from llmctl.devices import choose_device
 from llmctl.errors import CalledWrongly
-from llmctl.finetune import adapter, heads, planning, quantized, saving
+from llmctl.finetune import adapter, earlier_task, heads, planning, quantized, saving
 from llmctl.finetune.data.batches import PackedExamples, PaddedExamples, Split
 from llmctl.finetune.data.prepare import prepare
 from llmctl.finetune.data.sources import parse_sources
 from llmctl.finetune.data.store import ExampleSet
+from llmctl.finetune.distillation import Distilled
+from llmctl.finetune.features import FeatureRows, HeadOnly, freeze_backbone
 from llmctl.finetune.labelled import Classification, Regression, Reward
+from llmctl.finetune.neftune import add_noise
 from llmctl.finetune.objectives import RULES, Comparison, SourceToTarget
 from llmctl.finetune.planning import FinetunePlan
 from llmctl.finetune.rows import rows_of
@@ -30,8 +34,8 @@ from llmctl.finetune.settings import FinetuneSettings
 from llmctl.models.language_model import LanguageModel
 from llmctl.models.loading import load_model, read_config
 from llmctl.tokenizer import Tokenizer
-from llmctl.train import building, distributed
-from llmctl.train.feed import Feed
+from llmctl.train import building, distributed, hardware
+from llmctl.train.feed import Feed, Rows
 from llmctl.train.objectives import MaskedToken, NextToken
 from llmctl.train.run import Run, training
 from llmctl.train.task import Task
@@ -56,7 +60,11 @@ def finetuning(
 
 
 FIRST_TEXTS = 64
-"""So many show a head without a bias where the mean is."""
+"""So many show a fresh head what texts have in common."""
+RETAINED = "retained.arrow"
+"""An earlier task's text, beside the examples."""
+SCORED_AT_ONCE = 4096
+"""Tokens of it."""
 
 
 class Finetuning(Task):
@@ -83,8 +91,13 @@ class Finetuning(Task):
             spool = Path(self._temporary.name) / "examples"
         if not (recorded and distributed.on_first(spool.exists)):
             distributed.on_first(self._prepare, inputs, spool)
-        self.examples = ExampleSet(spool)
+        self.examples, self._spool = ExampleSet(spool), spool
+        if self.settings.retain:
+            how = (self._seq_len, self.config.kind, self.examples.tokenizer, self.settings)
+            self._retained = earlier_task.scored_rows(spool / RETAINED, *how)
         planning.refuse_kind(self.examples.objective, self.config)
+        planning.refuse_no_features(self.settings, self.examples.objective)
+        planning.refuse_extras(self.settings, self.examples.objective, self.config)
         self._has_head = self.config.classifier is not None
         self._classifier = heads.classifier_for(self.examples, self.config)
         if self._classifier is not None:
@@ -100,9 +113,33 @@ class Finetuning(Task):
 
     def make_feed(self, plan: FinetunePlan) -> Feed:
         val = self._rows("val", plan) if len(self.examples.val) else None
-        return Feed(self._rows("train", plan), val, plan)
+        train = self._rows("train", plan)
+        if self.settings.method == "feature":
+            train, val = self._behind_backbone(plan, train, val)
+        return Feed(train, val, plan)
 
     def make_trainer(self, plan: FinetunePlan, device: torch.device, save: Path | None) -> Trainer:
+        if self.settings.method == "feature":
+            objective = HeadOnly(self._of_head)
+        else:
+            objective = self._objective(self._model_to_train(plan, device), device)
+        trainer = building.build_trainer(objective, plan, self.settings, device)
+        if save is not None:
+            saving.load(trainer, save)
+        return trainer
+
+    def _behind_backbone(self, plan: FinetunePlan, train: Rows, val: Rows | None) -> tuple[Rows, Rows | None]:
+        """The same rows with what the backbone makes of them, in files beside the examples."""
+        device = choose_device(self.settings.device)
+        self._of_head = self._objective(self._model_to_train(plan, device), device)
+        how = {"dtype": hardware.compute_dtype(plan.precision, device), "seed": self.settings.seed}
+        path = self._spool / "features-train.bin"
+        train = FeatureRows(train, self._of_head, path, **how, shuffled=True)
+        if val is not None:
+            val = FeatureRows(val, self._of_head, self._spool / "features-val.bin", **how, shuffled=False)
+        return train, val
+
+    def _model_to_train(self, plan: FinetunePlan, device: torch.device) -> LanguageModel:
         settings = self.settings
         method = planning.adapter_method(settings)
         is_alone = distributed.world_size() == 1
@@ -118,11 +155,12 @@ class Finetuning(Task):
                 quantized.quantize(model, settings.quantize_base, settings.double_quantization)
         elif settings.method == "freeze":
             freeze(model, settings.train_layers, settings.train_modules)
+        elif settings.method == "feature":
+            self.config = freeze_backbone(model.to(device)).config
+        if settings.neftune:
+            add_noise(model, settings.neftune)
         log.info("%s", planning.describe_trained(model))
-        trainer = building.build_trainer(self._objective(model, device), plan, settings, device)
-        if save is not None:
-            saving.load(trainer, save)
-        return trainer
+        return model
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -131,6 +169,16 @@ class Finetuning(Task):
 
     def write(self, trainer: Trainer, directory: Path | None) -> None:
         saving.write(trainer, self.tokenizer, planning.adapter_method(self.settings), Path(self._model), directory)
+
+    def measures(self, trainer: Trainer) -> dict[str, float]:
+        """The loss on an earlier task's text."""
+        if not self.settings.retain:
+            return {}
+        is_same = self.examples.objective in ("sft", "causal", "mlm")
+        objective = trainer.objective if is_same else NextToken(trainer.objective.model, 0.0)
+        at_once = max(1, SCORED_AT_ONCE // self._seq_len)
+        nats, count, _ = trainer.validate(self._retained.validation_batches(at_once), objective)
+        return {"earlier task": nats / count}
 
     @property
     def _seq_len(self) -> int:
@@ -141,35 +189,46 @@ class Finetuning(Task):
             raise CalledWrongly("no data to learn from", hint="llmctl finetune MODEL DATA, or - for standard input")
         if directory.exists():
             shutil.rmtree(directory)
-        sources = parse_sources(inputs, self.settings.val_data)
-        prepare(
-            sources,
-            self.settings,
-            Tokenizer.load(self._model),
-            directory,
-            seq_len=self._seq_len,
-            label_names=heads.known_labels(self.config),
-        )
+        settings, tokenizer = self.settings, Tokenizer.load(self._model)
+        how = {"seq_len": self._seq_len, "label_names": heads.known_labels(self.config)}
+        with tempfile.TemporaryDirectory(prefix="llmctl-") as temporary:
+            sources = parse_sources(inputs, settings.val_data)
+            if settings.replay:
+                file = Path(temporary) / "replay.arrow"
+                held_out = [source for source in sources if source.is_held_out]
+                sources = [*earlier_task.replayed(inputs, settings.replay, file), *held_out]
+                path = settings.replay.rpartition(":")[0]
+                earlier_task.write_pieces(path, self._model, file, self._seq_len, earlier_task.REPLAYED_TOKENS)
+            prepare(sources, settings, tokenizer, directory, **how)
+        if settings.retain:
+            file = directory / RETAINED
+            earlier_task.write_pieces(settings.retain, self._model, file, self._seq_len, earlier_task.SCORED_TOKENS)
 
     def _rows(self, split: Split, plan: FinetunePlan) -> PackedExamples | PaddedExamples:
         return rows_of(self.examples, split, plan, self.settings, self.config)
 
-    def _regression(self, model: LanguageModel) -> Regression:
-        objective = Regression(model, heads.training_values(self.examples), self._has_head)
-        if not (self._has_head or self._classifier.bias):
+    def _labelled(self, model: LanguageModel) -> Classification | Regression | Reward:
+        if self.examples.objective == "regress":
+            objective = Regression(model, heads.training_values(self.examples), self._has_head)
+        else:
+            objective = {"classify": Classification, "reward": Reward}[self.examples.objective](model)
+        device = model.embed_tokens.weight.device
+        if not self._has_head and device.type != "meta":  # else this process gets its share of another's
             some = PaddedExamples(self.examples, "train", 1, seed=self.settings.seed).train_batch(0, FIRST_TEXTS)
-            inputs_BT, _, lengths_B, *_ = some.tensors(torch.device("cpu"))
-            objective.start_at_mean(inputs_BT, lengths_B)
+            inputs_BT, _, lengths_B, *_ = some.tensors(device)
+            objective.begin_with(inputs_BT, lengths_B)
         return objective
 
     def _objective(self, model: LanguageModel, device: torch.device) -> nn.Module:
         settings, objective = self.settings, self.examples.objective
-        if objective == "regress":
-            return self._regression(model)
         if objective in heads.HEADED:
-            return {"classify": Classification, "reward": Reward}[objective](model)
+            return self._labelled(model)
         rule = RULES.get(objective)
         if rule is None:
-            return {"mlm": MaskedToken, "seq2seq": SourceToTarget}.get(objective, NextToken)(model, settings.z_loss)
+            learned = {"mlm": MaskedToken, "seq2seq": SourceToTarget}.get(objective, NextToken)(model, settings.z_loss)
+            if settings.teacher is None:
+                return learned
+            teacher = load_model(settings.teacher, next(model.parameters()).dtype, device)
+            return Distilled(learned, teacher, settings.teacher_weight, settings.teacher_temperature)
         reference = load_model(self._model, next(model.parameters()).dtype, device) if rule.needs_reference else None
         return Comparison(model, rule, settings, reference)

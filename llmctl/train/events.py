@@ -79,10 +79,18 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """What was measured before the first step and after the last, by name: each as (before, after), lower is better."""
+
+    step: int
+    rows: dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Finished:
     step: int
     path: str
     seconds: float
 
 
-Event = Started | Planned | Trained | Validated | Saved | Finished
+Event = Started | Planned | Trained | Validated | Saved | Compared | Finished

@@ -92,24 +92,28 @@ class Trainer:
         return torch.stack([loss, balance])
 
     @torch.no_grad()
-    def validate(self, batches: Iterable[Batch]) -> tuple[float, int, dict[str, float]]:
+    def validate(
+        self, batches: Iterable[Batch], objective: nn.Module | None = None
+    ) -> tuple[float, int, dict[str, float]]:
         """(sum of losses, number of scored ones, metrics by name) over all batches; ranks take turns.
 
-        An objective with `metrics` gives rows beside the losses, and gets those of all batches.
+        An objective with `metrics` gives rows beside the losses, and gets those of all batches. It may be another than
+        the one that is trained, around the same model, where this is not sharded.
         """
-        self.objective.eval()
+        objective = objective or self.objective
+        objective.eval()
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         beside = []
         for number, batch in enumerate(distributed.pad_to_ranks(batches)):
             if number % distributed.world_size() == distributed.rank():
                 with autocast(self.device, self.dtype):
-                    losses_N, *rows = torch.atleast_2d(self.objective(*batch.tensors(self.device)))
+                    losses_N, *rows = torch.atleast_2d(objective(*batch.tensors(self.device)))
                 totals += torch.tensor([losses_N.double().sum(), batch.n_targets], device=self.device)
                 if rows:
                     beside.append(torch.stack(rows).double().cpu())
         nats, count = distributed.sum_over_ranks(totals).tolist()
         scored = distributed.gathered(beside)
-        return nats, round(count), self.objective.metrics(torch.cat(scored, 1)) if scored and count else {}
+        return nats, round(count), objective.metrics(torch.cat(scored, 1)) if scored and count else {}
 
     def _set_learning_rate(self) -> None:
         factor = self.schedule.factor(self.step_number, self.total_steps)

@@ -22,12 +22,15 @@ class NextToken(nn.Module):
         super().__init__()
         self.model, self.z_loss = model, z_loss
 
-    def forward(self, inputs_BT, targets_BT, documents_BT=None) -> torch.Tensor:
-        """Sum of nats over all targets in training mode; [B * T] nats of each, without gradient, in eval mode."""
-        hidden_BTD = self.model.hidden(inputs_BT, documents_BT=documents_BT)
-        return self._loss(hidden_BTD.flatten(0, 1), targets_BT.flatten())
+    def forward(self, *batch: torch.Tensor | None) -> torch.Tensor:
+        """Sum of nats over all targets in training mode; nats of each of the N, without gradient, in eval mode."""
+        return self.loss(*self.features(*batch))
 
-    def _loss(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    def features(self, inputs_BT, targets_BT, documents_BT=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stack's output [N, D] where something is predicted, and the targets [N]; negative ones count nothing."""
+        return self.model.hidden(inputs_BT, documents_BT=documents_BT).flatten(0, 1), targets_BT.flatten()
+
+    def loss(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         model = self.model
         hidden_ND = model.head_input(hidden_ND)
         head = {"bias_V": model.output_bias, "softcap": model.config.head.softcap}
@@ -39,18 +42,17 @@ class NextToken(nn.Module):
 class MaskedToken(NextToken):
     """The loss of the tokens that were masked; the head sees only those."""
 
-    def forward(self, inputs_BT, targets_BT, documents_BT=None) -> torch.Tensor:
-        """Sum of nats over the M targets in training mode; [M] nats of each, without gradient, in eval mode."""
-        hidden_BTD = self.model.hidden(inputs_BT, documents_BT=documents_BT)
+    def features(self, inputs_BT, targets_BT, documents_BT=None) -> tuple[torch.Tensor, torch.Tensor]:
         is_target_BT = targets_BT >= 0
-        return self._loss(hidden_BTD[is_target_BT], targets_BT[is_target_BT])
+        return self.model.hidden(inputs_BT, documents_BT=documents_BT)[is_target_BT], targets_BT[is_target_BT]
 
 
 class TargetToken(NextToken):
     """The next-token loss of the targets that an encoder-decoder writes behind their sources."""
 
-    def forward(self, sources_BS, inputs_BT, targets_BT, source_documents_BS=None, documents_BT=None) -> torch.Tensor:
-        """Sum of nats over all targets in training mode; [B * T] nats of each, without gradient, in eval mode."""
+    def features(
+        self, sources_BS, inputs_BT, targets_BT, source_documents_BS=None, documents_BT=None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         memory = self.model.encode(sources_BS, documents_BS=source_documents_BS)
         hidden_BTD = self.model.hidden(inputs_BT, documents_BT=documents_BT, memory=memory)
-        return self._loss(hidden_BTD.flatten(0, 1), targets_BT.flatten())
+        return hidden_BTD.flatten(0, 1), targets_BT.flatten()

@@ -168,7 +168,10 @@ class Run:
         plan = self.stepping.plan
         if latest is not None:
             self.stepping.restore(read_json(latest / STATE))
-            distributed.on_first(self.directory.publish, latest)
+            best = self.stepping.best.step if self.settings.keep_best else None
+            distributed.on_first(
+                self.directory.publish_step, self.stepping.trainer.step_number if best is None else best
+            )
         distributed.on_first(self.directory.truncate_metrics, self.stepping.trainer.step_number)
         if self.inputs != plan.inputs:
             plan.inputs = self.inputs

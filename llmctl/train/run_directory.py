@@ -125,17 +125,20 @@ class RunDirectory:
         return saves[-1] if saves else None
 
     @contextlib.contextmanager
-    def saving(self, step: int, state: Mapping[str, Any], keep: int) -> Iterator[Path]:
+    def saving(self, step: int, state: Mapping[str, Any], keep: int, best: int | None = None) -> Iterator[Path]:
         """Yield a directory that becomes step-N, with the counters in `state`, when the block ends; then drop old saves.
+
+        With a `best` step its save stays, and OUT too where this is another.
 
         Raises UserError when it cannot be written; earlier saves stay as they were.
         """
-        target = self.trainer / f"step-{step:08}"
+        target = self._save_of(step)
         try:
             with staged_directory(target, overwrite=True) as stage:
                 yield stage
                 write_atomic(stage / STATE, json.dumps(state, indent=2).encode())
-            self.publish(target)
+            if best in (None, step):
+                self.publish(target)
         except (OSError, UserError) as error:
             reason = error.message if isinstance(error, UserError) else error.strerror or str(error)
             last = self.latest()
@@ -144,7 +147,14 @@ class RunDirectory:
                 f"the save of step {step} failed: {reason}; {kept}", hint="make room, then go on with --resume"
             ) from error
         for old in self._saves()[:-keep]:
-            shutil.rmtree(old)
+            if best is None or old != self._save_of(best):
+                shutil.rmtree(old)
+
+    def publish_step(self, step: int) -> None:
+        self.publish(self._save_of(step))
+
+    def _save_of(self, step: int) -> Path:
+        return self.trainer / f"step-{step:08}"
 
     def publish(self, save: Path) -> None:
         """Give the save's checkpoint files their place in OUT, each in one step; the weights come last."""

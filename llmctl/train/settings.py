@@ -81,6 +81,10 @@ class RunSettings:
     validate_every: float | int | None = flag(
         None, "Steps or time between validations; by default a tenth of the run.", REPORTING, type="interval"
     )
+    early_stopping: int | None = flag(
+        None, "Stop after N validations without a better one.", REPORTING, at_least=1, metavar="N"
+    )
+    keep_best: bool = flag(False, "The output is the save of the best validation, not the last one.", REPORTING)
     log_every: float | int = flag(
         5.0, "Steps or time between lines of the report.", REPORTING, type="interval", show_default="5s"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,8 @@ import torch
 from llmctl import lineage
 from llmctl.models.config import flops_per_token
 from llmctl.train import distributed, hardware, length
-from llmctl.train.events import Event, Finished, Planned, Saved, Trained, Validated
+from llmctl.train.best import Best
+from llmctl.train.events import Compared, Event, Finished, Planned, Saved, Trained, Validated
 from llmctl.train.feed import Batch, Feed
 from llmctl.train.loop import StepResult, Trainer
 from llmctl.train.pace import Interval, Meter
@@ -21,6 +23,8 @@ from llmctl.train.plan import Plan
 from llmctl.train.run_directory import RunDirectory
 from llmctl.train.signals import StopRequest
 from llmctl.train.task import Task
+
+log = logging.getLogger("llmctl")
 
 E = TypeVar("E", Trained, Validated)
 
@@ -47,6 +51,8 @@ class Stepping:
         self.meter: Meter | None = None
         self._durations: list[float] = []
         self._saved_step: int | None = None
+        self.best = Best()
+        self._before: dict[str, float] = {}
 
     def start_meter(self) -> None:
         """Measure what this machine can do, for the reports."""
@@ -57,11 +63,12 @@ class Stepping:
         """Go on from a save, whose state the trainer has already."""
         self.trainer.step_number = self._saved_step = counters["step"]
         self.meter.restore(counters["unreported"])
+        self.best, self._before = Best(**counters["best"]), counters["before"]
 
     def steps(self, stop: StopRequest) -> Iterator[Event]:
         """All steps that are left. Raises Stopped soon after a signal."""
         trainer = self.trainer
-        save, log = Interval(self.settings.save_every), Interval(self.settings.log_every)
+        save, report = Interval(self.settings.save_every), Interval(self.settings.log_every)
         validate = Interval(self._validation_interval())
         while True:
             if trainer.total_steps is None and self._fix_length():
@@ -70,11 +77,16 @@ class Stepping:
             if trainer.step_number == trainer.total_steps:
                 return
             # in front of the step, so that a run resumed here does it too
-            if validate.due(trainer.step_number) if trainer.step_number else self.task.validates_first:
-                yield from self._validate(stop)
+            if trainer.step_number == 0 and self.task.validates_first:
+                yield from self._measure_before(stop)
+            elif trainer.step_number and validate.due(trainer.step_number):
+                yield from self._judge(stop)
+                if self.settings.early_stopping and self.best.waited >= self.settings.early_stopping:
+                    log.info("%d validations were no better than that of step %d", self.best.waited, self.best.step)
+                    return
             self.meter.add(*self.timed_step())
             is_last = trainer.step_number == trainer.total_steps
-            if log.due(trainer.step_number) or is_last:
+            if report.due(trainer.step_number) or is_last:
                 yield self._recorded(self._report())
             _heed(stop)
             if not is_last and save.due(trainer.step_number):
@@ -84,10 +96,19 @@ class Stepping:
         """Save, validate, and leave the lineage, which says that the run is complete."""
         step = self.trainer.step_number
         yield from self.save()
+        numbers: dict[str, float] = {}
+        for event in self._judge(stop):
+            numbers = event.numbers if isinstance(event, Validated) else numbers
+            yield event
+        if self.settings.keep_best and self.best.step is not None:
+            step, numbers = self.best.step, self.best.numbers
+            distributed.on_first(self._directory.publish_step, step)
         metrics = {"step": step, "tokens": step * self.plan.tokens_per_step}
-        for validated in self._validate(stop):
-            metrics |= {f"validation_{name}": value for name, value in validated.numbers.items()}
-            yield validated
+        metrics |= {f"validation_{name}": value for name, value in numbers.items()}
+        after = self._losses(numbers, self.task.measures(self.trainer)) if self._before else {}
+        if rows := {name: (self._before[name], after[name]) for name in self._before if name in after}:
+            metrics |= {"before": self._before, "after": after}
+            yield Compared(step, rows)
         distributed.on_first(self._write_lineage, metrics)
         yield Finished(step, str(self._directory.path), self._elapsed())
 
@@ -96,8 +117,14 @@ class Stepping:
         step = self.trainer.step_number
         if step == self._saved_step:
             return
-        counters = {"step": step, "unreported": self.meter.unreported}
-        with distributed.entered_on_first(self._directory.saving(step, counters, self.settings.keep)) as place:
+        counters = {
+            "step": step,
+            "unreported": self.meter.unreported,
+            "best": asdict(self.best),
+            "before": self._before,
+        }
+        best = self.best.step if self.settings.keep_best else None
+        with distributed.entered_on_first(self._directory.saving(step, counters, self.settings.keep, best)) as place:
             self.task.write(self.trainer, place)
         self._saved_step = step
         yield Saved(step, str(self._directory.path))
@@ -139,6 +166,25 @@ class Stepping:
         if self.settings.validate_every is not None or total is None:
             return self.settings.validate_every
         return length.validation_interval(total, self.plan.tokens_per_step, self.feed.n_val_tokens)
+
+    def _measure_before(self, stop: StopRequest) -> Iterator[Validated]:
+        numbers: dict[str, float] = {}
+        for validated in self._validate(stop):
+            numbers = validated.numbers
+            yield validated
+        self._before = self._losses(numbers, self.task.measures(self.trainer))
+
+    def _losses(self, numbers: Mapping[str, float], others: Mapping[str, float]) -> dict[str, float]:
+        """By name: what is learned, and what else the task measures."""
+        return {**({"held-out rows": numbers["loss"]} if numbers else {}), **others}
+
+    def _judge(self, stop: StopRequest) -> Iterator[Validated | Saved]:
+        """Validate, and keep what is the best so far where that is asked for."""
+        for validated in self._validate(stop):
+            yield validated
+            if self.best.improves(validated) and self.settings.keep_best:
+                yield from self.save()
+                distributed.on_first(self._directory.publish_step, validated.step)
 
     def _validate(self, stop: StopRequest) -> Iterator[Validated]:
         if self.feed.val is None:

@@ -62,6 +62,10 @@ class Task(ABC):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the checkpoint gets."""
 
+    def measures(self, trainer: Trainer) -> dict[str, float]:
+        """Losses beside that on held-out rows, by name, that are worth knowing before the first step and after the last."""
+        return {}
+
     def write(self, trainer: Trainer, directory: Path | None) -> None:
         """Write a checkpoint with all that `make_trainer` needs to go on from it; rank 0 has the directory."""
         state.write(trainer, self.tokenizer, directory)

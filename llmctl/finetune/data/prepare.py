@@ -163,7 +163,9 @@ class _Preparation:
         if is_val.any() or self.settings.val_data:
             return is_val
         fraction = self.settings.val_fraction
-        for number in range(len(self.sources)):
+        for number, source in enumerate(self.sources):
+            if source.is_earlier:
+                continue
             mine = np.flatnonzero(origins == number)
             wanted = round(len(mine) * (HELD_OUT_SHARE if fraction is None else fraction))
             wanted = min(wanted, HELD_OUT_MOST) if fraction is None else wanted

@@ -10,11 +10,15 @@ from llmctl.errors import CalledWrongly
 
 @dataclass(frozen=True)
 class Source:
-    """A file, or "-" for standard input; `weight` is None where all rows of all files count the same."""
+    """A file, or "-" for standard input; `weight` is None where all rows of all files count the same.
+
+    Nothing is held out of what is from an earlier task.
+    """
 
     path: str
     weight: float | None = None
     is_held_out: bool = False
+    is_earlier: bool = False
 
 
 def parse_sources(words: list[str], held_out: tuple[str, ...] = ()) -> list[Source]:

@@ -1,0 +1,125 @@
+"""What fine-tuning keeps: earlier tasks scored and replayed, teachers, the best save, and when it stops."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from test_finetune_command import IDS, SHORT, base, chats, finetune, sha  # noqa: F401
+
+from llmctl.errors import UserError
+from llmctl.finetune.distillation import Distilled
+from llmctl.finetune.neftune import add_noise
+from llmctl.models.loading import load_model
+from llmctl.train.best import Best
+from llmctl.train.events import Validated
+from llmctl.train.objectives import NextToken
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    file = tmp_path_factory.mktemp("earlier") / "earlier.txt"
+    file.write_text("\n\n".join(f"The {n} cats sat on the mat and sang." for n in range(200)))
+    return file
+
+
+def test_an_earlier_task_is_scored_and_replayed(base, chats, earlier, tmp_path):  # noqa: F811
+    flags = [*SHORT, "--steps", "20", "--lr", "0.02", "--retain", earlier]
+    shares = {}
+    for name, more in (("plain", []), ("replayed", ["--replay", f"{earlier}:0.5"])):
+        done = finetune(base, chats, "-o", tmp_path / name, *flags, *more)
+        assert done.returncode == 0, done.stderr
+        assert "before and after" in done.stderr and "earlier task" in done.stderr
+        metrics = json.loads((tmp_path / name / "llmctl.json").read_text())["metrics"]
+        assert metrics["after"]["held-out rows"] == metrics["validation_loss"]
+        shares[name] = metrics["before"], metrics["after"]
+    (before, plain), (same, replayed) = shares.values()
+    assert before == same, "neither what is held out nor what is scored knows of the replay"
+    assert replayed["earlier task"] < plain["earlier task"]
+
+
+def test_early_stopping_and_the_best_save(base, chats, tmp_path):  # noqa: F811
+    flags = [
+        *SHORT,
+        "--steps",
+        "40",
+        "--validate-every",
+        "4",
+        "--early-stopping",
+        "2",
+        "--keep-best",
+        "--method",
+        "full",
+    ]
+    done = finetune(base, chats, "-o", tmp_path / "out", *flags, "--lr", "0.1", "--schedule", "wsd", "--decay", "0")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = {
+        record["step"]: record["loss"] for record in records if record["event"] == "validation" and record["step"]
+    }
+    best = min(losses, key=losses.get)
+    metrics = json.loads((tmp_path / "out" / "llmctl.json").read_text())["metrics"]
+    assert metrics["step"] == best and metrics["validation_loss"] == losses[best]
+    assert max(losses) == best + 8 < 40 and "no better" in done.stderr
+    kept = tmp_path / "out" / "trainer" / f"step-{best:08}" / "model.safetensors"
+    assert sha(kept) == sha(tmp_path / "out" / "model.safetensors")
+
+
+def test_the_best_is_judged_once_for_each_step():
+    best = Best()
+    losses = [(4, 3.0), (8, 2.0), (8, 2.0), (12, 2.5), (12, 2.5), (16, 2.0)]
+    assert [best.improves(Validated(step, loss, None, 0.0)) for step, loss in losses] == [
+        *(True, True, False),
+        *(False, False, False),
+    ]
+    assert (best.step, best.waited, best.numbers) == (8, 2, {"loss": 2.0})
+
+
+def test_a_teacher_adds_its_divergence(base):  # noqa: F811
+    student, teacher = load_model(base), load_model(base)
+    targets = IDS.roll(-1, 1)
+    targets[:, -3:] = -100
+    plain = NextToken(student, 0.0).train()
+    alone = plain(IDS, targets)
+    assert torch.allclose(Distilled(plain, teacher, 2.0, 3.0).train()(IDS, targets), alone, rtol=1e-5)
+    with torch.no_grad():
+        teacher.embed_tokens.weight.mul_(1.5)
+        logprobs = [(model(IDS)[:, :-3] / 3.0).log_softmax(-1) for model in (teacher, student)]
+        expected = 9.0 * (logprobs[0].exp() * (logprobs[0] - logprobs[1])).sum()
+    found = Distilled(plain, teacher, 2.0, 3.0).train()(IDS, targets) - alone
+    assert torch.allclose(found, 2.0 * expected, rtol=1e-3)
+    found.backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert torch.equal(Distilled(plain, teacher, 2.0, 3.0).eval()(IDS, targets), plain.eval()(IDS, targets))
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(base):  # noqa: F811
+    student, teacher = load_model(base), load_model(base)
+    teacher.config = type(teacher.config)(**{**vars(teacher.config), "vocab_size": 300})
+    with pytest.raises(UserError, match="300"):
+        Distilled(NextToken(student, 0.0), teacher, 1.0, 1.0)
+
+
+def test_noise_is_in_training_only_and_of_its_size(base):  # noqa: F811
+    model = load_model(base)
+    plain = model.embed(IDS)
+    add_noise(model, 5.0)
+    assert torch.equal(model.eval().embed(IDS), plain)
+    noise = model.train().embed(IDS) - plain
+    limit = 5.0 / (IDS.shape[1] * plain.shape[-1]) ** 0.5
+    assert 0.9 * limit < noise.abs().max() <= limit * 1.001
+
+
+@pytest.mark.parametrize(
+    "words,code,said",
+    [
+        (["--replay", "earlier.txt"], 2, "share"),
+        (["--retain", "no-such.txt"], 1, "no-such.txt"),
+        (["--objective", "dpo", "--teacher", "x"], 1, "prompt"),
+    ],
+)
+def test_bad_calls(base, chats, tmp_path, words, code, said):  # noqa: F811
+    done = finetune(base, chats, "-o", tmp_path / "out", *SHORT, *words)
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
