@@ -37,6 +37,19 @@ class ClassifierHead(nn.Module):
         for parameter in self.out.parameters():
             parameter.zero_()
 
+    @torch.no_grad()
+    def standardize(self, x_ND: torch.Tensor) -> None:
+        """Let a fresh dense layer read what tells these texts apart: each feature less its mean, over its deviation.
+
+        What all texts share is most of a hidden state, and would be most of what the layer says too.
+        """
+        if self.dense is None or len(x_ND) < 2 or self.dense.bias.any():  # a pooler that came with the model has a bias
+            return
+        x_ND = x_ND.to(self.dense.weight.dtype)
+        least = 0.01 * x_ND.square().mean().sqrt()
+        self.dense.weight.div_(x_ND.std(0).clamp(min=least))
+        self.dense.bias.copy_(-self.dense.weight @ x_ND.mean(0))
+
     def _drop(self, x_ND: torch.Tensor) -> torch.Tensor:
         return F.dropout(x_ND, self.dropout) if self.training and self.dropout else x_ND
 
