@@ -627,7 +627,7 @@ def test_inspect_data_of_real_rows(llmctl, data):
     fitness = data / "eval" / "avgfp-2000.jsonl"
     (summary,) = llmctl("inspect-data", fitness, "--model", model, "--show", 0, "--json").stdout.splitlines()
     summary = json.loads(summary)
-    assert (summary["objective"], summary["rows"], summary["lengths"]["longest"]) == ("regress", 2000, 240)
+    assert (summary["objective"], summary["rows"], summary["lengths"]["longest"]) == ("regress", 2000, 239)
 
 
 def test_inspect_data_errors(llmctl, tmp_path, model):

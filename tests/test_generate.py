@@ -369,10 +369,10 @@ def test_stop_text_ends_the_output(llmctl, checkpoint):
     assert cut.stdout == whole[: whole.index(stop)] + "\n"
 
 
-def test_text_streams_and_a_reader_that_leaves_ends_it_quietly(data):
+def test_text_streams_and_a_reader_that_leaves_ends_it_quietly(data, tmp_path):
     path = data / "models" / "stories260K"
     command = [sys.executable, "-m", "llmctl", "generate", path, "Once", "-n", "500", "--ignore-eos"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path)
     assert process.stdout.read(8).startswith(b"Once")
     assert process.poll() is None, "text came before the end"
     process.stdout.close()

@@ -218,7 +218,7 @@ def test_refusals_are_one_line_and_leave_nothing(llmctl, tokens, tmp_path):
         assert not (tmp_path / "out").exists()
     llmctl("pretrain", tokens, *SHAPE, "--steps", 3, "-o", "out")
     text = failure(llmctl("pretrain", "--resume", "--lr", 0.5, "-o", "out", code=2), 2)
-    assert "--learning-rate 0.5: the run to resume has None" in text
+    assert "--learning-rate 0.5: the run to resume was started without it" in text
 
 
 def test_a_loss_that_is_not_finite_is_one_line(llmctl, tokens, tmp_path):

@@ -59,7 +59,7 @@ SPLIT_PATTERN = (
 PIECE = 1 << 16
 
 
-def byte_level_bpe(texts: Iterable[str], vocab_size: int, specials: Specials) -> str:
+def byte_level_bpe(texts: Iterable[str], vocab_size: int, specials: Specials = SPECIALS["text"]) -> str:
     """tokenizer.json of a BPE of at most `vocab_size` tokens learnt from `texts`; the same texts give the same file."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     least = len(alphabet) + len(specials.tokens)
