@@ -29,7 +29,7 @@ def decode(model: CausalLM, completions: Sequence[Completion]) -> Iterator[None]
     Either all search, with one number of beams, or none does. Prompts of unequal lengths are padded; a completion that
     finishes leaves the batch. Raises `UserError` when memory does not hold the batch or the model computes no numbers.
     """
-    device = model.head_weight.device
+    device = model.device
     max_new_tokens = max(completion.max_new_tokens for completion in completions)
     n_beams = completions[0].sampling.num_beams
     length = max(len(completion.continued) for completion in completions) + max_new_tokens - 1
@@ -42,8 +42,7 @@ def decode(model: CausalLM, completions: Sequence[Completion]) -> Iterator[None]
         rows = list(range(len(completions)))
         while rows:
             n_rows = len(inputs_BT)
-            last_BD = model.hidden(inputs_BT, cache=cache)[:, -1]
-            tokens_B, rows = choice.step(model.logits(last_BD))
+            tokens_B, rows = choice.step(model.next_logits(inputs_BT, cache))
             if rows and rows != list(range(n_rows)):
                 cache.select(torch.tensor(rows, device=device))
             inputs_BT = tokens_B[:, None]

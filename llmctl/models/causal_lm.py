@@ -66,6 +66,10 @@ class CausalLM(LanguageModel):
         context.recorded_weights, context.recorded_hidden = recorded_weights, recorded_hidden
         return self.run(self.embed(input_ids_BT), context, types_BT)[:, -n_new:]
 
+    def next_logits(self, input_ids_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Logits [B, V] of what follows when these ids have continued what the cache holds."""
+        return self.logits(self.hidden(input_ids_BT, cache=cache)[:, -1])
+
     def continued(self, prompt_ids: Sequence[int], start_id: int | None) -> Sequence[int]:
         """What the new tokens follow when a text is made of a prompt: here the prompt itself."""
         return prompt_ids

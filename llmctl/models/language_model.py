@@ -39,6 +39,11 @@ class LanguageModel(Stack):
         return (self,)
 
     @property
+    def device(self) -> torch.device:
+        """Where inputs are to be."""
+        return self.embed_tokens.weight.device
+
+    @property
     def head_weight(self) -> torch.Tensor:
         """[V, D], whether or not it is the embedding."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
