@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from llmctl.ops import native
-from llmctl.ops.quantized_linear import QuantizedWeight, dequantized, packed, quantized_linear, unpacked
+from llmctl.ops.quantized_linear import (
+    QuantizedWeight,
+    dequantized,
+    packed,
+    quantized_linear,
+    quantized_rows,
+    quantized_weight,
+    unpacked,
+)
 
 pytestmark = pytest.mark.skipif(not native.path().exists(), reason="the native library is not built")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -25,7 +33,7 @@ def sample(n_out, n_in, bits, group_size, with_zeros=False, scales=torch.float32
     n_groups = -(-n_in // group_size)
     scales_NJ = (torch.rand(n_out, n_groups, generator=generator) + 0.1).to(scales)
     zeros_NJ = torch.randint(0, 1 << bits, (n_out, n_groups), generator=generator).to(torch.uint8)
-    return QuantizedWeight(bits, group_size, n_in, packed(codes, bits), scales_NJ, zeros_NJ if with_zeros else None)
+    return quantized_weight(codes.to(torch.uint8), scales_NJ, zeros_NJ if with_zeros else None, bits, group_size)
 
 
 def test_packing_is_undone():
@@ -61,6 +69,30 @@ def test_equals_the_product_with_dequantized_weights(isa, n_rows, n_in, n_out, g
         exact, magnitude = x.double() @ values.T + bias.double(), x.double().abs() @ values.abs().T
         unit = 2.0**-24 if dtype == torch.float32 else 2.0**-8
         assert ((result.double() - exact).abs() <= 1e-6 * magnitude + unit * exact.abs() + 1e-6).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("n_in,group_size", [(200, 64), (96, 200)])
+def test_rows_of_an_embedding(n_in, group_size, bits):
+    ids = torch.tensor([[0, 36, 5], [5, 17, 1]])
+    for with_zeros, scales in ((False, torch.float32), (True, torch.bfloat16), (True, torch.float16)):
+        weight = sample(37, n_in, bits, group_size, with_zeros, scales)
+        for dtype in DTYPES:
+            assert torch.equal(quantized_rows(weight, ids, dtype), dequantized(weight, dtype)[ids])
+
+
+@pytest.mark.parametrize(
+    "bits,group_size,n_groups,message",
+    [
+        (3, 32, 2, "3 bits; expected 4 or 8"),
+        (4, 20, 4, "groups of 20 weights; expected a multiple of 32, or the whole row of 64"),
+        (4, 32, 3, r"scales of shape \(3, 3\); 3 rows of 64 weights need \(3, 2\)"),
+        (4, 32, 2, "uint8 below 16"),
+    ],
+)
+def test_weights_that_fit_no_layout_are_refused(bits, group_size, n_groups, message):
+    with pytest.raises(ValueError, match=message):
+        quantized_weight(torch.full((3, 64), 16).byte(), torch.ones(3, n_groups), None, bits, group_size)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

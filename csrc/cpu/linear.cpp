@@ -38,6 +38,12 @@ void for_linear_pieces(const Linear& c, int64_t weight_bits, const std::function
     });
 }
 
+void run_linear(int32_t dtype, const Linear& call) {
+    const bool is_float = dtype == LLMCTL_F32;
+    const LinearKernel kernel = is_float ? kernels().linear_f32 : kernels().linear_bf16;
+    for_linear_pieces(call, is_float ? 32 : 16, [&](const LinearPiece& piece) { kernel(call, piece); });
+}
+
 }  // namespace llmctl
 
 int llmctl_linear(int32_t dtype, const void* x, int64_t x_stride, const void* weight, int64_t weight_stride,
@@ -46,9 +52,6 @@ int llmctl_linear(int32_t dtype, const void* x, int64_t x_stride, const void* we
     return guarded([&] {
         check_dtype(dtype);
         if (n_rows < 0 || n_in < 0 || n_out < 0) throw std::invalid_argument("a size is below 0");
-        const Linear call{x, weight, bias, out, n_rows, n_in, n_out, x_stride, weight_stride, out_stride};
-        const bool is_float = dtype == LLMCTL_F32;
-        const LinearKernel kernel = is_float ? kernels().linear_f32 : kernels().linear_bf16;
-        for_linear_pieces(call, is_float ? 32 : 16, [&](const LinearPiece& piece) { kernel(call, piece); });
+        run_linear(dtype, {x, weight, bias, out, n_rows, n_in, n_out, x_stride, weight_stride, out_stride});
     });
 }

@@ -25,4 +25,7 @@ constexpr int64_t linear_max_rows = 192, linear_max_outs = 64;
 
 using LinearKernel = void (*)(const Linear&, const LinearPiece&);
 
+// The whole product on the threads of the pool; dtype (LLMCTL_F32, LLMCTL_BF16) is that of all four.
+void run_linear(int32_t dtype, const Linear& call);
+
 }  // namespace llmctl

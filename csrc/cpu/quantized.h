@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/linear.h"
+#include "llmctl.h"
 
 namespace llmctl {
 
@@ -21,5 +22,12 @@ struct QuantizedLinear {
 };
 
 using QuantizedLinearKernel = void (*)(const QuantizedLinear&, const LinearPiece&);
+
+// The product that `linear`, whose weight is not looked at, and these weights make; throws std::invalid_argument where
+// they do not fit.
+QuantizedLinear quantized_linear_of(const llmctl_quantized_weight& weight, const Linear& linear);
+
+// The whole product on the threads of the pool.
+void run_quantized_linear(int32_t dtype, const QuantizedLinear& call);
 
 }  // namespace llmctl

@@ -8,9 +8,8 @@
 #include "llmctl.h"
 
 namespace llmctl {
-namespace {
 
-QuantizedLinear checked(const llmctl_quantized_weight& w, const Linear& linear) {
+QuantizedLinear quantized_linear_of(const llmctl_quantized_weight& w, const Linear& linear) {
     if (w.bits != 4 && w.bits != 8) throw std::invalid_argument("expected 4 or 8 bits");
     const bool is_whole_row = w.group_size >= linear.n_in;
     if (w.group_size <= 0 || (w.group_size % quantized_run != 0 && !is_whole_row)) {
@@ -24,7 +23,12 @@ QuantizedLinear checked(const llmctl_quantized_weight& w, const Linear& linear) 
             w.group_size, n_groups, w.row_bytes};
 }
 
-}  // namespace
+void run_quantized_linear(int32_t dtype, const QuantizedLinear& call) {
+    const QuantizedLinearKernel kernel =
+        dtype == LLMCTL_F32 ? kernels().quantized_linear_f32 : kernels().quantized_linear_bf16;
+    for_linear_pieces(call.linear, call.bits, [&](const LinearPiece& piece) { kernel(call, piece); });
+}
+
 }  // namespace llmctl
 
 int llmctl_quantized_linear(int32_t dtype, const void* x, int64_t x_stride, const llmctl_quantized_weight* weight,
@@ -35,9 +39,6 @@ int llmctl_quantized_linear(int32_t dtype, const void* x, int64_t x_stride, cons
         check_dtype(dtype);
         if (n_rows < 0 || n_in < 0 || n_out < 0) throw std::invalid_argument("a size is below 0");
         const Linear linear{x, nullptr, bias, out, n_rows, n_in, n_out, x_stride, 0, out_stride};
-        const QuantizedLinear call = checked(*weight, linear);
-        const QuantizedLinearKernel kernel =
-            dtype == LLMCTL_F32 ? kernels().quantized_linear_f32 : kernels().quantized_linear_bf16;
-        for_linear_pieces(linear, call.bits, [&](const LinearPiece& piece) { kernel(call, piece); });
+        run_quantized_linear(dtype, quantized_linear_of(*weight, linear));
     });
 }
