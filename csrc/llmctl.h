@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 8
+#define LLMCTL_ABI 9
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -199,6 +199,20 @@ LLMCTL_API int llmctl_attention_softmax_backward(int32_t dtype, void* scores, vo
                                                  int64_t n_columns, const int32_t* begin, const int32_t* end,
                                                  int64_t n_queries, float scale, const float* log_sums,
                                                  const float* deltas);
+
+/* The same on a CUDA device: every pointer, but for structs, strides and sizes, is one of the device, and the work is put into
+ * the stream (a cudaStream_t), which nobody waits for. A library without CUDA fails. Differences: attention is made for few
+ * queries to many keys, takes `scratch` of as many bytes as llmctl_cuda_attention_scratch says, and promises no bits. */
+LLMCTL_API int llmctl_cuda_rms_norm(int32_t dtype, const void* x, int64_t x_stride, const void* weight, float offset,
+                                    float eps, void* out, int64_t n_rows, int64_t n_columns, void* stream);
+LLMCTL_API int llmctl_cuda_rotate(int32_t dtype, const void* x, const int64_t* x_strides, const void* cos,
+                                  const void* sin, const int64_t* table_strides, void* out, const int64_t* out_strides,
+                                  const int64_t* sizes, int64_t dims, void* stream);
+LLMCTL_API int llmctl_cuda_activation(int32_t dtype, int32_t kind, const void* x, const void* up, void* out, int64_t n,
+                                      void* stream);
+LLMCTL_API int llmctl_cuda_attention_scratch(const llmctl_attention_args* args, int64_t* bytes);
+LLMCTL_API int llmctl_cuda_attention(int32_t dtype, const llmctl_attention_args* args, void* scratch, void* stream);
+LLMCTL_API int llmctl_cuda_sample(const llmctl_sample_args* args, int64_t* tokens, void* stream);
 
 #ifdef __cplusplus
 }

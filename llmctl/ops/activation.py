@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import torch.nn.functional as F
 
 from llmctl.ops import native
-from llmctl.ops.dispatch import DTYPES, inference_library, is_inference, is_training
+from llmctl.ops.dispatch import DTYPES, cuda_library, cuda_stream, inference_library, is_inference, is_training
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 """In the order of LLMCTL_SILU and following in csrc/llmctl.h."""
@@ -24,6 +26,8 @@ def activate(kind: str, x: torch.Tensor, up: torch.Tensor | None = None) -> torc
     own differ in the last bit between whole vectors and what is left over at the end of a tensor."""
     if up is not None and up.shape == x.shape and is_training(x, up):
         return _Gated.apply(kind, x, up)
+    if (device := cuda_library(x, up)) and (up is None or up.shape == x.shape):
+        return on_cuda(device, kind, x, up)
     if not is_inference(x, up) or (up is not None and up.shape != x.shape):
         return reference(kind, x, up)
     return _operator(kind, x, up) if torch.compiler.is_compiling() else _run(kind, x, up)
@@ -39,10 +43,19 @@ def _run(kind: str, x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     library = inference_library()
     if library is None:
         return reference(kind, x, up)
+    return _call(library, "llmctl_activation", kind, x, up)
+
+
+def on_cuda(library: ctypes.CDLL, kind: str, x: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """`activate` by the CUDA kernel."""
+    return _call(library, "llmctl_cuda_activation", kind, x, up, cuda_stream(x))
+
+
+def _call(library, function, kind, x, up, *stream) -> torch.Tensor:
     x, up = x.contiguous(), None if up is None else up.contiguous()
     out = torch.empty_like(x)
     pointers = x.data_ptr(), None if up is None else up.data_ptr(), out.data_ptr()
-    native.call(library, "llmctl_activation", DTYPES[x.dtype], KINDS.index(kind), *pointers, x.numel())
+    native.call(library, function, DTYPES[x.dtype], KINDS.index(kind), *pointers, x.numel(), *stream)
     return out
 
 

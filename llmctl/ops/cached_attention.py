@@ -1,4 +1,4 @@
-"""Attention of inference on a CPU: online softmax over keys and values where they lie, each row by itself to the last bit."""
+"""Attention of inference: online softmax over keys and values where they lie, each row by itself to the last bit."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import ctypes
 import torch
 
 from llmctl.ops import native
-from llmctl.ops.dispatch import DTYPES, inference_library, is_inference
+from llmctl.ops.dispatch import DTYPES, cuda_library, cuda_stream, inference_library, is_inference
 from llmctl.ops.visibility import Visibility
 
 MAX_HEAD_DIM = 256
 """LLMCTL_ATTENTION_MAX_HEAD_DIM of csrc/llmctl.h."""
+
+FEW_QUERIES = 8
+"""Up to so many a CUDA device reads the keys by the kernel made for decoding; torch's are made for prompts."""
 
 
 class Args(ctypes.Structure):
@@ -36,8 +39,11 @@ class Args(ctypes.Structure):
 
 def applies(q_BHTK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor) -> bool:
     """Whether `attention` can be called: no gradient is asked for, and the kernel exists here and takes these."""
-    fits = q_BHTK.shape[-1] <= MAX_HEAD_DIM and k_BGSK.shape == v_BGSK.shape
-    return fits and is_inference(q_BHTK, k_BGSK, v_BGSK) and inference_library() is not None
+    if q_BHTK.shape[-1] > MAX_HEAD_DIM or k_BGSK.shape != v_BGSK.shape:
+        return False
+    if q_BHTK.device.type == "cpu":
+        return is_inference(q_BHTK, k_BGSK, v_BGSK) and inference_library() is not None
+    return q_BHTK.shape[2] <= FEW_QUERIES and cuda_library(q_BHTK, k_BGSK, v_BGSK) is not None
 
 
 def attention(
@@ -81,9 +87,19 @@ def _run(
     softcap: float,
 ) -> torch.Tensor:
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    args = arguments(q, k, v, out, first, end, origins, bias, causal_offset, scale, softcap)
+    if q.device.type == "cpu":
+        native.call(inference_library(), "llmctl_attention", DTYPES[q.dtype], ctypes.byref(args))
+    else:
+        on_cuda(cuda_library(q, k, v), q, args)
+    return out
+
+
+def arguments(q, k, v, out, first, end, origins, bias, causal_offset, scale, softcap) -> Args:
+    """Tensors as C takes them; q, k and v with their last dimension dense, out [B, T, H, K]."""
     batch, heads, queries, head_dim = q.shape
-    out = q.new_empty(batch, queries, heads, head_dim)
-    args = Args(
+    return Args(
         *(x.data_ptr() for x in (q, k, v, out)),
         *(batch, heads, k.shape[1], queries, k.shape[2], head_dim),
         *((x.stride(0), x.stride(1), x.stride(2)) for x in (q, k, v, out.transpose(1, 2))),
@@ -96,8 +112,15 @@ def _run(
         scale,
         softcap,
     )
-    native.call(inference_library(), "llmctl_attention", DTYPES[q.dtype], ctypes.byref(args))
-    return out
+
+
+def on_cuda(library: ctypes.CDLL, q: torch.Tensor, args: Args) -> None:
+    """Run the CUDA kernels on arguments that are ready."""
+    size = ctypes.c_int64()
+    native.call(library, "llmctl_cuda_attention_scratch", ctypes.byref(args), ctypes.byref(size))
+    scratch = torch.empty(size.value, dtype=torch.uint8, device=q.device)
+    pointers = ctypes.byref(args), scratch.data_ptr(), cuda_stream(q)
+    native.call(library, "llmctl_cuda_attention", DTYPES[q.dtype], *pointers)
 
 
 @torch.library.custom_op("llmctl::cached_attention", mutates_args=())

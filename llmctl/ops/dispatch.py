@@ -18,8 +18,27 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 def is_inference(*tensors: torch.Tensor | None) -> bool:
     """Whether a kernel without a gradient may take these: plain tensors of one dtype that it knows, on the CPU, and neither
     a gradient nor autocast is asked for."""
+    return tensors[0].device.type == "cpu" and _asks_for_no_gradient(*tensors)
+
+
+def cuda_library(*tensors: torch.Tensor | None) -> ctypes.CDLL | None:
+    """The same for the kernels on a CUDA device: the library, or None where torch's own are to run.
+
+    Those kernels have been compiled and emulated, not yet run on a device, so only LLMCTL_KERNELS=cuda chooses them.
+    """
+    if tensors[0].device.type != "cuda" or native.chosen_kernels() != "cuda" or torch.compiler.is_compiling():
+        return None
+    return native.library() if _asks_for_no_gradient(*tensors) else None
+
+
+def cuda_stream(tensor: torch.Tensor) -> int:
+    """torch's current stream on the tensor's device; 0, which is CUDA's own, for what is on none."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.device.type == "cuda" else 0
+
+
+def _asks_for_no_gradient(*tensors: torch.Tensor | None) -> bool:
     first = tensors[0]
-    if first.device.type != "cpu" or first.dtype not in DTYPES or torch.is_autocast_enabled("cpu"):
+    if first.dtype not in DTYPES or torch.is_autocast_enabled(first.device.type):
         return False
     needs_grad = torch.is_grad_enabled()
     for tensor in tensors:

@@ -13,7 +13,7 @@ from llmctl.errors import CalledWrongly, UserError
 
 log = logging.getLogger("llmctl")
 
-ABI = 8
+ABI = 9
 CHOICES = ("auto", "cuda", "cpu", "reference")
 HINT = "install the package again with a C++ compiler at hand, or set LLMCTL_KERNELS=auto"
 
@@ -45,6 +45,12 @@ SIGNATURES = {
     "llmctl_cross_entropy": [INT, I32, PTR, I64, I64, PTR, F32, PTR],
     "llmctl_attention_softmax": [INT, I32, PTR, I64, I64, PTR, PTR, I64, F32, PTR],
     "llmctl_attention_softmax_backward": [INT, I32, PTR, PTR, I64, I64, PTR, PTR, I64, F32, PTR, PTR],
+    "llmctl_cuda_rms_norm": [INT, I32, PTR, I64, PTR, F32, F32, PTR, I64, I64, PTR],
+    "llmctl_cuda_rotate": [INT, I32, PTR, PTR, PTR, PTR, PTR, PTR, PTR, PTR, I64, PTR],
+    "llmctl_cuda_activation": [INT, I32, I32, PTR, PTR, PTR, I64, PTR],
+    "llmctl_cuda_attention_scratch": [INT, PTR, PTR],
+    "llmctl_cuda_attention": [INT, I32, PTR, PTR, PTR],
+    "llmctl_cuda_sample": [INT, PTR, PTR, PTR],
 }
 
 # Bit by bit, the LLMCTL_CPU_* of csrc/llmctl.h.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import torch.nn.functional as F
 
 from llmctl.ops import native
-from llmctl.ops.dispatch import DTYPES, inference_library, is_inference, is_training
+from llmctl.ops.dispatch import DTYPES, cuda_library, cuda_stream, inference_library, is_inference, is_training
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension; weight [D], x [..., D] of the same dtype."""
     if x.shape[-1:] == weight.shape and x.shape[-1] and is_training(x, weight):
         return _Norm.apply(x, weight, eps, offset)
+    if (device := cuda_library(x, weight)) and x.shape[-1:] == weight.shape:
+        return on_cuda(device, x, weight, eps, offset)
     if not is_inference(x, weight) or x.shape[-1:] != weight.shape or x.shape[-1] == 0:
         return reference(x, weight, eps, offset)
     return _operator(x, weight, eps, offset) if torch.compiler.is_compiling() else _run(x, weight, eps, offset)
@@ -29,14 +33,22 @@ def _run(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> to
     library = inference_library()
     if library is None:
         return reference(x, weight, eps, offset)
+    return _call(library, "llmctl_rms_norm", x, weight, eps, offset)
+
+
+def on_cuda(library: ctypes.CDLL, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+    """`rms_norm` by the CUDA kernel."""
+    return _call(library, "llmctl_cuda_rms_norm", x, weight, eps, offset, cuda_stream(x))
+
+
+def _call(library, function, x, weight, eps, offset, *stream) -> torch.Tensor:
     n = weight.shape[0]
     rows = x if x.dim() == 2 else x.reshape(-1, n)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows, weight = rows if rows.stride(1) == 1 else rows.contiguous(), weight.contiguous()
     out = x.new_empty(x.shape)
-    pointers = weight.contiguous().data_ptr(), offset, eps, out.data_ptr()
-    native.call(
-        library, "llmctl_rms_norm", DTYPES[x.dtype], rows.data_ptr(), rows.stride(0), *pointers, rows.shape[0], n
-    )
+    pointers = weight.data_ptr(), offset, eps, out.data_ptr()
+    sizes = rows.shape[0], n
+    native.call(library, function, DTYPES[x.dtype], rows.data_ptr(), rows.stride(0), *pointers, *sizes, *stream)
     return out
 
 

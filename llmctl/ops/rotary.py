@@ -7,7 +7,7 @@ import ctypes
 import torch
 
 from llmctl.ops import native
-from llmctl.ops.dispatch import DTYPES, inference_library, is_inference, is_training
+from llmctl.ops.dispatch import DTYPES, cuda_library, cuda_stream, inference_library, is_inference, is_training
 
 
 def rotate(x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -17,6 +17,8 @@ def rotate(x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """
     if is_training(x_BHTK, cos, sin) and not (cos.requires_grad or sin.requires_grad):
         return _Rotation.apply(x_BHTK, cos, sin)
+    if device := cuda_library(x_BHTK, cos, sin):
+        return on_cuda(device, x_BHTK, cos, sin)
     if not is_inference(x_BHTK, cos, sin):
         return reference(x_BHTK, cos, sin)
     return _operator(x_BHTK, cos, sin) if torch.compiler.is_compiling() else _run(x_BHTK, cos, sin)
@@ -36,6 +38,15 @@ def _run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     library = inference_library()
     if library is None:
         return reference(x, cos, sin)
+    return _call(library, "llmctl_rotate", x, cos, sin)
+
+
+def on_cuda(library: ctypes.CDLL, x_BHTK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate` by the CUDA kernel."""
+    return _call(library, "llmctl_cuda_rotate", x_BHTK, cos, sin, cuda_stream(x_BHTK))
+
+
+def _call(library, function, x, cos, sin, *stream) -> torch.Tensor:
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, tokens, head_dim = x.shape
     dims = cos.shape[-1]
@@ -44,7 +55,7 @@ def _run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     triple, pair, four = ctypes.c_int64 * 3, ctypes.c_int64 * 2, ctypes.c_int64 * 4
     native.call(
         library,
-        "llmctl_rotate",
+        function,
         DTYPES[x.dtype],
         x.data_ptr(),
         triple(*x.stride()[:3]),
@@ -55,6 +66,7 @@ def _run(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         triple(*out.stride()[:3]),
         four(batch, heads, tokens, head_dim),
         dims,
+        *stream,
     )
     return out
 

@@ -1,4 +1,4 @@
-"""Drawing tokens on a CPU: filters and the race in a few passes over the vocabulary, no sorting of it.
+"""Drawing tokens: filters and the race in a few passes over the vocabulary, no sorting of it.
 
 `llmctl.generation.sampling` is the specification: from the same scores and seeds both draw the same tokens.
 """
@@ -10,7 +10,7 @@ import ctypes
 import torch
 
 from llmctl.ops import native
-from llmctl.ops.dispatch import inference_library
+from llmctl.ops.dispatch import cuda_library, cuda_stream, inference_library
 
 
 class Args(ctypes.Structure):
@@ -26,8 +26,12 @@ class Args(ctypes.Structure):
 
 
 def applies(scores_BV: torch.Tensor) -> bool:
-    """Whether `sample` can be called: float32 on a CPU, and the kernel exists here."""
-    return scores_BV.device.type == "cpu" and scores_BV.dtype == torch.float32 and inference_library() is not None
+    """Whether `sample` can be called: float32, and the kernel exists here."""
+    return scores_BV.dtype == torch.float32 and _library(scores_BV) is not None
+
+
+def _library(scores_BV: torch.Tensor) -> ctypes.CDLL | None:
+    return inference_library() if scores_BV.device.type == "cpu" else cuda_library(scores_BV)
 
 
 def sample(
@@ -54,8 +58,12 @@ def sample(
         if values.dtype != dtype or values.shape != scores_BV.shape[:1]:
             raise ValueError(f"expected a {dtype} for each of {len(scores_BV)} rows, got {values.dtype} {values.shape}")
     settings = [values.contiguous() for values in settings]
-    tokens_B = torch.empty(len(scores_BV), dtype=torch.int64)
+    tokens_B = torch.empty(len(scores_BV), dtype=torch.int64, device=scores_BV.device)
     pointers = (values.data_ptr() for values in settings)
     args = Args(scores_BV.data_ptr(), *scores_BV.shape, scores_BV.stride(0), *pointers, position)
-    native.call(inference_library(), "llmctl_sample", ctypes.byref(args), tokens_B.data_ptr())
+    outcome = ctypes.byref(args), tokens_B.data_ptr()
+    if scores_BV.device.type == "cpu":
+        native.call(_library(scores_BV), "llmctl_sample", *outcome)
+    else:
+        native.call(_library(scores_BV), "llmctl_cuda_sample", *outcome, cuda_stream(scores_BV))
     return tokens_B
