@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from llmctl import checkpoint
 from llmctl.finetune import adapter, methods
+from llmctl.models.config import ModelConfig
 from llmctl.models.loading import hf_tensors, stored_tensors, write_config
 from llmctl.tokenizer import Tokenizer
 from llmctl.train import distributed, state
@@ -29,12 +32,14 @@ def write(
     model = trainer.objective.model
     directory = distributed.from_first(directory)
     state.write_optimizer(trainer, directory)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    own = {name: distributed.whole_on_first(each) for name, each in stored_tensors(model).items() if name in trained}
-    distributed.on_first(checkpoint.save_tensors, directory, own, stem=STEM)
+    distributed.on_first(checkpoint.save_tensors, directory, _trained(model), stem=STEM)
     with getattr(trainer.objective, "as_saved", contextlib.nullcontext)():
-        whole = {name: distributed.whole_on_first(tensor) for name, tensor in stored_tensors(model).items()}
-        distributed.on_first(_write, model, whole, tokenizer, method, base, directory)
+        if method is not None:
+            whole = _trained(model)
+            distributed.on_first(_write_adapter, model, whole, tokenizer, method, base, directory)
+        else:
+            whole = {name: distributed.whole_on_first(tensor) for name, tensor in stored_tensors(model).items()}
+            distributed.on_first(_write_checkpoint, model.config, whole, tokenizer, base, directory)
 
 
 def load(trainer: Trainer, directory: Path) -> None:
@@ -46,14 +51,43 @@ def load(trainer: Trainer, directory: Path) -> None:
     state.load_optimizer(trainer, directory)
 
 
-def _write(model, whole: dict[str, torch.Tensor], tokenizer, method, base: Path, directory: Path) -> None:
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What learns, whole, on the first process; every process must ask for it."""
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: distributed.whole_on_first(parameter) for name, parameter in found.items()}
+
+
+def _write_adapter(model: nn.Module, whole: dict[str, torch.Tensor], tokenizer, method, base: Path, directory: Path):
     tokenizer.save(directory)
-    if method is not None:
+    with _holding(model, whole):
         adapter.save(model, method, directory, str(base))
-        return
+
+
+@contextlib.contextmanager
+def _holding(model: nn.Module, whole: dict[str, torch.Tensor]) -> Iterator[None]:
+    """The model with these tensors in the place of its parameters, of which a process may hold a part only."""
+    parameters = dict(model.named_parameters())
+    shown = {id(parameters[name]): nn.Parameter(tensor) for name, tensor in whole.items()}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if id(parameter) in shown
+    ]
+    for module, name, parameter in places:
+        module._parameters[name] = shown[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+
+
+def _write_checkpoint(config: ModelConfig, whole: dict[str, torch.Tensor], tokenizer, base: Path, directory: Path):
+    tokenizer.save(directory)
     stored = checkpoint.open_tensors(base)
-    write_config(model.config, stored.dtype(next(iter(stored))), directory)
-    tensors = hf_tensors(model.config, whole)
+    write_config(config, stored.dtype(next(iter(stored))), directory)
+    tensors = hf_tensors(config, whole)
     dtypes = {name: stored.dtype(name) if name in stored else tensor.dtype for name, tensor in tensors.items()}
     checkpoint.save_tensors(directory, {name: tensor.to(dtypes[name]) for name, tensor in tensors.items()})
     if (base / "generation_config.json").exists():

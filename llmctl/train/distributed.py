@@ -84,14 +84,32 @@ def shard(objective: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     values = {**dict(objective.named_parameters()), **dict(objective.named_buffers())} if rank() == 0 else {}
+    places = _places_of_shared(objective)
     objective.to("meta")
+    _share(places)
     mesh = init_device_mesh(device.type, (world_size(),))
     for stack in objective.model.stacks():
         for block in stack.layers:
             fully_shard(block, mesh=mesh)
     fully_shard(objective, mesh=mesh)
     objective.to_empty(device=device)
+    _share(places)
     _fill(objective, values)
+
+
+def _places_of_shared(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """(module, name) of every place of each parameter that stands in several: a change of device makes each its own."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for each in module.modules():
+        for name, parameter in each.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((each, name))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def _share(places: list[list[tuple[nn.Module, str]]]) -> None:
+    for (first, name), *others in places:
+        for module, other in others:
+            setattr(module, other, getattr(first, name))
 
 
 @torch.no_grad()
