@@ -4,6 +4,7 @@ on a device."""
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -193,3 +194,17 @@ def test_sample_of_what_is_not_finite(library, monkeypatch):
     tokens, sampler = drawn(library, SETTINGS[4:8], logits)
     assert tokens.tolist() == sampler.draw(logits).tokens_B.tolist()
     assert tokens.tolist()[:2] == [-1, 9]
+
+
+@pytest.mark.parametrize(
+    "row", [Sampling(top_k=3), Sampling(top_p=0.5), Sampling(min_p=0.999), Sampling(top_k=4, top_p=0.5)]
+)
+def test_exactly_what_a_filter_keeps_is_drawn(library, monkeypatch, row):
+    """Among tokens that are nearly alike, so that the last one kept is drawn as often as the first."""
+    monkeypatch.setenv("LLMCTL_KERNELS", "reference")
+    rows = [dataclasses.replace(row, seed=seed) for seed in range(8)]
+    logits = (0.001 * torch.rand(1, 10)).expand(8, 10).contiguous()
+    _, sampler = drawn(library, rows, logits)
+    for position in range(12):
+        tokens, _ = drawn(library, rows, logits, position)
+        assert tokens.tolist() == sampler.draw(logits).tokens_B.tolist()
