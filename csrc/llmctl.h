@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 9
+#define LLMCTL_ABI 10
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -154,6 +154,10 @@ LLMCTL_API int llmctl_activation(int32_t dtype, int32_t kind, const void* x, con
 LLMCTL_API int llmctl_rms_norm(int32_t dtype, const void* x, int64_t x_stride, const void* weight, float offset,
                                float eps, void* out, int64_t n_rows, int64_t n_columns);
 
+/* out = (x - mean) / sqrt(variance + eps) * weight + bias for each row, of the same shapes; bias may be null. */
+LLMCTL_API int llmctl_layer_norm(int32_t dtype, const void* x, int64_t x_stride, const void* weight, const void* bias,
+                                 float eps, void* out, int64_t n_rows, int64_t n_columns);
+
 /* Rotary positions: the first `dims` elements of each head of x, sizes [batch, heads, tokens, head_dim], in pairs
  * (i, i + dims / 2); cos and sin are [batch, tokens, dims], their strides from sequence to sequence and token to token.
  * The strides of x and out are from sequence to sequence, head to head and token to token: out may lie in a cache. */
@@ -179,6 +183,78 @@ typedef struct {
     int64_t position;
 } llmctl_sample_args;
 LLMCTL_API int llmctl_sample(const llmctl_sample_args* args, int64_t* tokens);
+
+/* A decoder-only model as values and pointers, for llmctl_decode. Its elements all have one type, `dtype`. */
+enum {
+    LLMCTL_NO_NORM = 0,
+    LLMCTL_RMS_NORM = 1,
+    LLMCTL_LAYER_NORM = 2
+};
+typedef struct {
+    const void* weight;
+    const void* bias;
+    int32_t kind;
+    float offset, eps;
+} llmctl_norm;
+
+/* x -> x weight^T + bias; the weights are those of `quantized` unless it is null. n_out 0: there is none. */
+typedef struct {
+    const void* weight;
+    const llmctl_quantized_weight* quantized;
+    const void* bias;
+    int64_t n_in, n_out, stride;
+} llmctl_matrix;
+
+/* x = sum_norm(x + output_norm(f(norm(x)))), first with attention as f, then with the feed-forward part. */
+typedef struct {
+    llmctl_norm mixer_norm, mixer_output_norm, mixer_sum_norm, ffn_norm, ffn_output_norm, ffn_sum_norm;
+    llmctl_norm q_norm, k_norm;
+    llmctl_matrix q, k, v, o;
+    llmctl_matrix gate, up, down;                        /* down(activation(gate(x)) * up(x)); without gate of up alone */
+    int64_t heads, kv_heads, head_dim, window;           /* window 0: none */
+    float scale, softcap;                                /* softcap 0: none */
+    int32_t qk_norm_per_head, rotary, activation;        /* rotary: which of the tables, below 0: none */
+} llmctl_decoder_layer;
+
+typedef struct {
+    const llmctl_decoder_layer* layers;
+    const void* embedding;                               /* [n_tokens, d_model] */
+    const void* positions;                               /* [n_positions, d_model], added to it, or null */
+    llmctl_norm embedding_norm, final_norm;
+    llmctl_matrix head;                                  /* n_out 0: none, and no logits */
+    int64_t n_layers, n_tokens, d_model, n_positions;
+    float embedding_scale, head_scale;                   /* of what goes into the head */
+    int32_t dtype;
+} llmctl_decoder;
+
+/* cos and sin [n_positions, dims] of the positions that a text may have. */
+typedef struct {
+    const void* cos;
+    const void* sin;
+    int64_t n_positions, dims;
+} llmctl_rotary;
+
+/* Of a layer; strides from sequence to sequence, head to head and token to token. */
+typedef struct {
+    void* keys;
+    void* values;
+    int64_t strides[3];
+} llmctl_kv_cache;
+
+typedef struct {
+    const int64_t* tokens;                               /* [batch, n_new] */
+    const int64_t* starts;                               /* [batch]: padding in front of each text, or null */
+    const llmctl_rotary* rotaries;
+    const llmctl_kv_cache* caches;                       /* of each layer, with `capacity` places */
+    void* logits;                                        /* [batch, head.n_out], those after the last token, or null */
+    const llmctl_sample_args* sampling;                  /* draws from the logits, or null; its `scores` are not read */
+    int64_t* drawn;                                      /* [batch] */
+    int64_t batch, n_new, n_rotaries, offset, capacity;  /* the tokens stand at offset, offset + 1, ... */
+} llmctl_decode_args;
+
+/* The whole model in one call: reads the tokens, writes their keys and values, and predicts what follows. Each row gives
+ * the bits that the functions above give one by one, and so does not depend on the others. */
+LLMCTL_API int llmctl_decode(const llmctl_decoder* decoder, const llmctl_decode_args* args);
 
 /* Cross-entropy of each row of logits [n_rows, n_columns] (contiguous) with its target, plus z_loss * log(Z)^2, into
  * losses [n_rows]; the logits are overwritten with the gradient of the summed losses. A negative target is not

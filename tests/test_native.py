@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.ops import bpe, cached_attention, native, quantized_linear, sampling
+from llmctl.ops import bpe, cached_attention, decode_step, native, quantized_linear, sampling
 
 HEADER = Path(__file__).resolve().parent.parent / "csrc" / "llmctl.h"
 C_TYPES = {
@@ -23,6 +23,19 @@ C_TYPES = {
     "uint64_t": ctypes.c_uint64,
     "float": ctypes.c_float,
     "const char*": ctypes.c_char_p,
+}
+
+STRUCTS = {
+    "llmctl_attention_args": cached_attention.Args,
+    "llmctl_sample_args": sampling.Args,
+    "llmctl_quantized_weight": quantized_linear.Args,
+    "llmctl_norm": decode_step.Norm,
+    "llmctl_matrix": decode_step.Matrix,
+    "llmctl_decoder_layer": decode_step.Layer,
+    "llmctl_decoder": decode_step.Decoder,
+    "llmctl_rotary": decode_step.Rotary,
+    "llmctl_kv_cache": decode_step.KvCache,
+    "llmctl_decode_args": decode_step.Args,
 }
 
 
@@ -47,7 +60,8 @@ def fields(struct: str) -> list[tuple[str, object]]:
     found = []
     for kind, names in re.findall(r"\s*((?:const )?\w+\*?) ([^;]+);", body):
         for name, length in re.findall(r"(\w+)(?:\[(\d+)\])?", names):
-            found.append((name, c_type(kind) * int(length) if length else c_type(kind)))
+            of = STRUCTS[kind] if kind in STRUCTS else c_type(kind)
+            found.append((name, of * int(length) if length else of))
     return found
 
 
@@ -73,9 +87,8 @@ def test_signatures_are_the_headers():
 
 
 def test_structs_are_the_headers():
-    assert cached_attention.Args._fields_ == fields("llmctl_attention_args")
-    assert sampling.Args._fields_ == fields("llmctl_sample_args")
-    assert quantized_linear.Args._fields_ == fields("llmctl_quantized_weight")
+    for name, struct in STRUCTS.items():
+        assert struct._fields_ == fields(name), name
     limit = re.search(r"#define LLMCTL_ATTENTION_MAX_HEAD_DIM (\d+)", HEADER.read_text())[1]
     assert int(limit) == cached_attention.MAX_HEAD_DIM
 

@@ -1,4 +1,4 @@
-"""RMSNorm and rotary positions of inference against their references in float64."""
+"""RMSNorm, LayerNorm and rotary positions of inference against their references in float64."""
 
 from __future__ import annotations
 
@@ -37,6 +37,26 @@ def test_rms_norm(isa, shape, dtype, offset):
 def wide(x, weight, offset):
     x = x.double()
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (offset + weight.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 64), (4, 1, 1000), (200, 130), (0, 9)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_layer_norm(isa, shape, dtype, has_bias):
+    x, weight = (torch.randn(shape) + 3).to(dtype), torch.randn(shape[-1]).to(dtype)
+    bias = torch.randn(shape[-1]).to(dtype) if has_bias else None
+    result = norm.layer_norm(x, weight, bias, 1e-5)
+    assert result.shape == shape and result.dtype == dtype
+    wide = torch.nn.functional.layer_norm(
+        x.double(), weight.shape, weight.double(), bias.double() if has_bias else None, 1e-5
+    )
+    unit = 4e-6 if dtype == torch.float32 else 2.0**-8
+    assert ((result.double() - wide).abs() <= unit * (wide.abs() + 2)).all()
+    if x.dim() == 3:
+        assert torch.equal(norm.layer_norm(x[1, -1], weight, bias, 1e-5), result[1, -1])
+        assert torch.equal(norm.layer_norm(x[:, -1], weight, bias, 1e-5), result[:, -1])
+    x[-1:, ..., -1] = float("nan")
+    assert norm.layer_norm(x, weight, bias, 1e-5)[-1:].flatten(0, -2)[-1:].isnan().all()
 
 
 def test_rms_norm_of_what_is_not_finite(isa):

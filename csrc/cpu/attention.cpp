@@ -3,13 +3,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
 #include "boundary.h"
 #include "cpu/dtype.h"
 #include "cpu/kernels.h"
+#include "cpu/operations.h"
 #include "cpu/pool.h"
 
 namespace llmctl {
@@ -17,6 +18,8 @@ namespace {
 
 // Cut into sections where whole tiles are fewer than this for each thread.
 constexpr int64_t tiles_per_thread = 4;
+// Multiplications that one thread has done before another is at work.
+constexpr int64_t worthwhile = 1 << 16;
 
 int64_t floor_divide(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
 
@@ -54,27 +57,55 @@ KeyRange sections_of(const AttentionArgs& a, const AttentionTile& tile) {
             floor_divide(all.end - 1 - origin, attention_section) + 1};
 }
 
-void clear(AttentionSums& sums) {
-    std::fill(std::begin(sums.highest), std::end(sums.highest), -INFINITY);
-    std::fill(std::begin(sums.total), std::end(sums.total), 0.0f);
-    std::fill(std::begin(sums.values), std::end(sums.values), 0.0f);
-}
+// Takes a tile through sections in their order; what the first leaves is not added to anything.
+class Sum {
+public:
+    Sum(const AttentionArgs& args, const AttentionKernels& kernels, const AttentionTile& tile)
+        : args_(args), kernels_(kernels), tile_(tile) {}
+
+    // Where the next section's sums go: the total itself, if there is none yet.
+    AttentionSums& next(AttentionSums& total, AttentionSums& other) { return is_first_ ? total : other; }
+
+    void add(const AttentionSums& section, AttentionSums& total) {
+        is_first_ ? clear_what_saw_nothing(total) : kernels_.add(args_, tile_, section, total);
+        is_first_ = false;
+    }
+
+    void write(AttentionSums& total) {
+        if (is_first_) {
+            std::fill_n(total.total, tile_.n_rows, 0.0f);
+            clear_what_saw_nothing(total);
+        }
+        kernels_.write(args_, tile_, total);
+    }
+
+private:
+    void clear_what_saw_nothing(AttentionSums& sums) {
+        for (int64_t r = 0; r < tile_.n_rows; ++r) {
+            if (sums.total[r] != 0.0f) continue;
+            sums.highest[r] = -INFINITY;
+            std::fill_n(sums.values + r * attention_max_dim, args_.head_dim, 0.0f);
+        }
+    }
+
+    const AttentionArgs& args_;
+    const AttentionKernels& kernels_;
+    const AttentionTile& tile_;
+    bool is_first_ = true;
+};
 
 // One thread takes a tile through all its sections.
-void by_tiles(const AttentionArgs& args, const AttentionKernels& kernels, const Tiles& tiles) {
-    parallel_for(tiles.count(), [&](int64_t i) {
-        const AttentionTile tile = tiles[i];
-        if (tile.n_rows == 0) return;
-        AttentionSums sums, section;
-        clear(sums);
-        clear(section);
-        const KeyRange sections = sections_of(args, tile);
-        for (int64_t s = sections.begin; s < sections.end; ++s) {
-            kernels.section(args, tile, s, section);
-            kernels.add(args, tile, section, sums);
-        }
-        kernels.write(args, tile, sums);
-    });
+void by_tile(const AttentionArgs& args, const AttentionKernels& kernels, const AttentionTile& tile) {
+    if (tile.n_rows == 0) return;
+    AttentionSums total, other;
+    Sum sum(args, kernels, tile);
+    const KeyRange sections = sections_of(args, tile);
+    for (int64_t s = sections.begin; s < sections.end; ++s) {
+        AttentionSums& to = sum.next(total, other);
+        kernels.section(args, tile, s, to);
+        sum.add(to, total);
+    }
+    sum.write(total);
 }
 
 // The threads share the sections of few tiles; they are added up in the same order as above.
@@ -82,20 +113,32 @@ void by_sections(const AttentionArgs& args, const AttentionKernels& kernels, con
     struct Piece {
         int64_t tile, section;
     };
-    std::vector<Piece> pieces;
+    thread_local std::vector<Piece> pieces;
+    thread_local std::unique_ptr<AttentionSums[]> parts;
+    thread_local size_t room = 0;
+    pieces.clear();
     for (int64_t i = 0; i < tiles.count(); ++i) {
         const KeyRange sections = sections_of(args, tiles[i]);
         for (int64_t s = sections.begin; s < sections.end; ++s) pieces.push_back({i, s});
     }
-    std::vector<AttentionSums> parts(pieces.size());
+    if (room < pieces.size()) {
+        room = 0;
+        parts.reset(new AttentionSums[pieces.size()]);  // not filled: a section writes what is read of it
+        room = pieces.size();
+    }
+    const Piece* piece = pieces.data();
+    AttentionSums* part = parts.get();
     const auto n_pieces = static_cast<int64_t>(pieces.size());
-    parallel_for(n_pieces,
-                 [&](int64_t p) { kernels.section(args, tiles[pieces[p].tile], pieces[p].section, parts[p]); });
-    AttentionSums sums;
+    parallel_for(n_pieces, [&, piece, part](int64_t p) {
+        kernels.section(args, tiles[piece[p].tile], piece[p].section, part[p]);
+    });
     for (int64_t i = 0, p = 0; i < tiles.count(); ++i) {
-        clear(sums);
-        for (; p < n_pieces && pieces[p].tile == i; ++p) kernels.add(args, tiles[i], parts[p], sums);
-        kernels.write(args, tiles[i], sums);
+        const AttentionTile tile = tiles[i];
+        Sum sum(args, kernels, tile);
+        AttentionSums nothing;
+        AttentionSums& total = p < n_pieces && piece[p].tile == i ? part[p] : nothing;
+        for (; p < n_pieces && piece[p].tile == i; ++p) sum.add(part[p], total);
+        sum.write(total);
     }
 }
 
@@ -118,17 +161,26 @@ KeyRange visible_keys(const AttentionArgs& a, int64_t sequence, int64_t query) {
     return {std::max<int64_t>(begin, 0), std::min(end, a.keys)};
 }
 
+void run_attention(int32_t dtype, const AttentionArgs& args) {
+    check(args);
+    if (args.batch == 0 || args.queries == 0 || args.heads == 0 || args.head_dim == 0) return;
+    const AttentionKernels& chosen = dtype == LLMCTL_F32 ? kernels().attention_f32 : kernels().attention_bf16;
+    const Tiles tiles(args);
+    if (args.batch * args.queries * args.heads * args.keys * args.head_dim <= worthwhile) {
+        for (int64_t i = 0; i < tiles.count(); ++i) by_tile(args, chosen, tiles[i]);
+    } else if (tiles.count() < tiles_per_thread * threads() && args.keys > attention_section) {
+        by_sections(args, chosen, tiles);
+    } else {
+        parallel_for(tiles.count(), [&](int64_t i) { by_tile(args, chosen, tiles[i]); });
+    }
+}
+
 }  // namespace llmctl
 
 int llmctl_attention(int32_t dtype, const llmctl_attention_args* args) {
     using namespace llmctl;
     return guarded([&] {
         check_dtype(dtype);
-        check(*args);
-        if (args->batch == 0 || args->queries == 0 || args->heads == 0 || args->head_dim == 0) return;
-        const AttentionKernels& chosen = dtype == LLMCTL_F32 ? kernels().attention_f32 : kernels().attention_bf16;
-        const Tiles tiles(*args);
-        const bool few = tiles.count() < tiles_per_thread * threads() && args->keys > attention_section;
-        few ? by_sections(*args, chosen, tiles) : by_tiles(*args, chosen, tiles);
+        run_attention(dtype, *args);
     });
 }

@@ -13,6 +13,12 @@ using ActivationKernel = void (*)(int32_t kind, const void* x, const void* up, v
 
 using RmsNormKernel = void (*)(const void* x, const void* weight, float offset, float eps, void* out, int64_t n);
 
+using LayerNormKernel = void (*)(const void* x, const void* weight, const void* bias, float eps, void* out, int64_t n);
+
+using AddKernel = void (*)(void* x, const void* y, int64_t n);
+
+using ScaleKernel = void (*)(void* x, float scale, int64_t n);
+
 using RotateKernel = void (*)(const void* x, const void* cos, const void* sin, void* out, int64_t head_dim,
                               int64_t dims);
 
@@ -22,6 +28,9 @@ struct Kernels {
     AttentionKernels attention_f32, attention_bf16;
     ActivationKernel activation_f32, activation_bf16;
     RmsNormKernel rms_norm_f32, rms_norm_bf16;
+    LayerNormKernel layer_norm_f32, layer_norm_bf16;
+    AddKernel add_f32, add_bf16;
+    ScaleKernel scale_f32, scale_bf16;
     RotateKernel rotate_f32, rotate_bf16;
     SamplingKernels sampling;
 };

@@ -1,6 +1,7 @@
 #include "cpu/activation.h"
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
+#include "cpu/layer_norm.h"
 #include "cpu/linear_tile.h"
 #include "cpu/quantized_linear.h"
 #include "cpu/rms_norm.h"
@@ -19,6 +20,12 @@ const llmctl::Kernels llmctl::avx512_kernels = {
     activation_kernel<Avx512, Bf16>,
     rms_norm_row<Avx512, float>,
     rms_norm_row<Avx512, Bf16>,
+    layer_norm_row<Avx512, float>,
+    layer_norm_row<Avx512, Bf16>,
+    add_row<Avx512, float>,
+    add_row<Avx512, Bf16>,
+    scale_row<Avx512, float>,
+    scale_row<Avx512, Bf16>,
     rotate_head<Avx512, float>,
     rotate_head<Avx512, Bf16>,
     sampling_kernels<Avx512>,

@@ -1,6 +1,7 @@
 #include "cpu/activation.h"
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
+#include "cpu/layer_norm.h"
 #include "cpu/linear_tile.h"
 #include "cpu/quantized_linear.h"
 #include "cpu/rms_norm.h"
@@ -19,6 +20,12 @@ const llmctl::Kernels llmctl::scalar_kernels = {
     activation_kernel<Scalar, Bf16>,
     rms_norm_row<Scalar, float>,
     rms_norm_row<Scalar, Bf16>,
+    layer_norm_row<Scalar, float>,
+    layer_norm_row<Scalar, Bf16>,
+    add_row<Scalar, float>,
+    add_row<Scalar, Bf16>,
+    scale_row<Scalar, float>,
+    scale_row<Scalar, Bf16>,
     rotate_head<Scalar, float>,
     rotate_head<Scalar, Bf16>,
     sampling_kernels<Scalar>,

@@ -11,6 +11,7 @@
 
 #include "boundary.h"
 #include "cpu/kernels.h"
+#include "cpu/operations.h"
 #include "cpu/pool.h"
 #include "llmctl.h"
 
@@ -147,18 +148,19 @@ void philox_block(const PhiloxRow& row, uint32_t block, uint32_t words[4]) {
 
 double gumbel_noise(uint32_t word) { return -std::log(-std::log1p(-(word + 0.5) * 0x1p-32)); }
 
+void run_sampling(const llmctl_sample_args& args, int64_t* tokens) {
+    if (args.n_rows < 0 || args.n_tokens < 0 || args.n_tokens > INT32_MAX) {
+        throw std::invalid_argument("a vocabulary of no such size can be");
+    }
+    if (args.n_tokens == 0 && args.n_rows > 0) throw std::invalid_argument("the vocabulary is empty");
+    parallel_for(args.n_rows, [&](int64_t r) {
+        thread_local RowSampler sampler;
+        tokens[r] = sampler.draw(args, r);
+    });
+}
+
 }  // namespace llmctl
 
 int llmctl_sample(const llmctl_sample_args* args, int64_t* tokens) {
-    using namespace llmctl;
-    return guarded([&] {
-        if (args->n_rows < 0 || args->n_tokens < 0 || args->n_tokens > INT32_MAX) {
-            throw std::invalid_argument("a vocabulary of no such size can be");
-        }
-        if (args->n_tokens == 0 && args->n_rows > 0) throw std::invalid_argument("the vocabulary is empty");
-        parallel_for(args->n_rows, [&](int64_t r) {
-            thread_local RowSampler sampler;
-            tokens[r] = sampler.draw(*args, r);
-        });
-    });
+    return llmctl::guarded([&] { llmctl::run_sampling(*args, tokens); });
 }

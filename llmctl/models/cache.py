@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from llmctl.models import rope_scaling
 from llmctl.models.config import Attention, Mamba, Mamba2, ModelConfig, Recurrent
 from llmctl.models.memory import Memory
+
+if TYPE_CHECKING:
+    from llmctl.models.decode_step import DecodeStep
 
 
 class Cache:
@@ -14,6 +19,7 @@ class Cache:
 
     Layers write at `length`; the stack alone advances it, once per forward. With left-padded rows, `starts_B` (int64) is the
     number of padding slots in front of each row: those are never attended to and positions count from behind them.
+    `step` runs the model in one call where it can (see `decode_step`).
     `memory` is what an encoder made of each row's source. Where the angles of a rope jump at some length (LongRoPE), the token
     ids are kept too: a row that outgrows it is read again, or its keys would have both kinds.
     """
@@ -31,6 +37,7 @@ class Cache:
         self.length, self.capacity, self.starts_B, self.memory = 0, capacity, starts_B, memory
         self._switch_length = rope_scaling.switch_length(config)
         self._ids_BT: torch.Tensor | None = None
+        self.step: DecodeStep | None = None
         self.layers = [
             _new_entry(config.block(i).mixer, batch_size, capacity, dtype, device) for i in range(config.n_layers)
         ]

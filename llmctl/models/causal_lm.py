@@ -8,6 +8,8 @@ import torch
 
 from llmctl.models.cache import Cache
 from llmctl.models.context import Context, padding_of
+from llmctl.models.decode_step import DecodeStep
+from llmctl.models.head import softcapped
 from llmctl.models.language_model import LanguageModel
 from llmctl.models.memory import Memory
 
@@ -68,6 +70,8 @@ class CausalLM(LanguageModel):
 
     def next_logits(self, input_ids_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Logits [B, V] of what follows when these ids have continued what the cache holds."""
+        if cache.step is not None and cache.step.takes(input_ids_BT):
+            return softcapped(self.config.head, cache.step.logits(input_ids_BT, cache))
         return self.logits(self.hidden(input_ids_BT, cache=cache)[:, -1])
 
     def continued(self, prompt_ids: Sequence[int], start_id: int | None) -> Sequence[int]:
@@ -89,4 +93,5 @@ class CausalLM(LanguageModel):
         # The last token is never read back, so it needs no place.
         capacity = self.n_virtual + length + max_new_tokens - 1
         cache = Cache(self.config, len(continued), capacity, weight.dtype, weight.device, starts_B)
+        cache.step = DecodeStep.of(self)
         return cache, inputs_BT.to(weight.device)

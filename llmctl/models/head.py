@@ -28,5 +28,9 @@ def logits(
     head: config.Head, x_BTD: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None
 ) -> torch.Tensor:
     """softcap(x @ weight.T + bias), [B, T, V]."""
-    logits_BTV = linear(x_BTD, weight_VD, bias_V)
+    return softcapped(head, linear(x_BTD, weight_VD, bias_V))
+
+
+def softcapped(head: config.Head, logits_BTV: torch.Tensor) -> torch.Tensor:
+    """The logits, [..., V], as far as the head lets them grow."""
     return logits_BTV if head.softcap is None else head.softcap * torch.tanh(logits_BTV / head.softcap)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llmctl.models import config
-from llmctl.ops.norm import rms_norm
+from llmctl.ops.norm import layer_norm, rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
@@ -15,6 +15,13 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return rms_norm(x_BTD, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, in one pass for inference on a CPU."""
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return layer_norm(x_BTD, self.weight, self.bias, self.eps)
 
 
 class OffsetRMSNorm(nn.RMSNorm):
@@ -46,4 +53,4 @@ def build(norm: config.Norm | None, width: int) -> nn.Module:
         return CastingRMSNorm(width, eps=norm.eps)
     if norm.offset:
         return OffsetRMSNorm(width, norm.eps, norm.offset)
-    return {"rms": RMSNorm, "layer": nn.LayerNorm}[norm.kind](width, eps=norm.eps)
+    return {"rms": RMSNorm, "layer": LayerNorm}[norm.kind](width, eps=norm.eps)

@@ -13,7 +13,7 @@ from llmctl.errors import CalledWrongly, UserError
 
 log = logging.getLogger("llmctl")
 
-ABI = 9
+ABI = 10
 CHOICES = ("auto", "cuda", "cpu", "reference")
 HINT = "install the package again with a C++ compiler at hand, or set LLMCTL_KERNELS=auto"
 
@@ -40,8 +40,10 @@ SIGNATURES = {
     "llmctl_attention": [INT, I32, PTR],
     "llmctl_activation": [INT, I32, I32, PTR, PTR, PTR, I64],
     "llmctl_rms_norm": [INT, I32, PTR, I64, PTR, F32, F32, PTR, I64, I64],
+    "llmctl_layer_norm": [INT, I32, PTR, I64, PTR, PTR, F32, PTR, I64, I64],
     "llmctl_rotate": [INT, I32, PTR, PTR, PTR, PTR, PTR, PTR, PTR, PTR, I64],
     "llmctl_sample": [INT, PTR, PTR],
+    "llmctl_decode": [INT, PTR, PTR],
     "llmctl_cross_entropy": [INT, I32, PTR, I64, I64, PTR, F32, PTR],
     "llmctl_attention_softmax": [INT, I32, PTR, I64, I64, PTR, PTR, I64, F32, PTR],
     "llmctl_attention_softmax_backward": [INT, I32, PTR, PTR, I64, I64, PTR, PTR, I64, F32, PTR, PTR],

@@ -1,4 +1,4 @@
-"""RMSNorm: for training torch's own, for inference on a CPU one pass, rounded once."""
+"""RMSNorm and LayerNorm: for training torch's own, for inference on a CPU one pass, rounded once."""
 
 from __future__ import annotations
 
@@ -49,6 +49,24 @@ def _call(library, function, x, weight, eps, offset, *stream) -> torch.Tensor:
     pointers = weight.data_ptr(), offset, eps, out.data_ptr()
     sizes = rows.shape[0], n
     native.call(library, function, DTYPES[x.dtype], rows.data_ptr(), rows.stride(0), *pointers, *sizes, *stream)
+    return out
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; weight and bias [D], x [..., D]."""
+    fits = x.shape[-1:] == weight.shape and x.shape[-1] > 0 and is_inference(x, weight, bias)
+    library = None if torch.compiler.is_compiling() or not fits else inference_library()
+    if library is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    n = weight.shape[0]
+    rows = x if x.dim() == 2 else x.reshape(-1, n)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = x.new_empty(x.shape)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    pointers = weight.data_ptr(), None if bias is None else bias.data_ptr(), eps, out.data_ptr()
+    native.call(
+        library, "llmctl_layer_norm", DTYPES[x.dtype], rows.data_ptr(), rows.stride(0), *pointers, rows.shape[0], n
+    )
     return out
 
 

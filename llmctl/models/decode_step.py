@@ -1,0 +1,196 @@
+"""Which models the decode step of csrc runs in one call, and how their modules become its values and pointers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llmctl.models import config, norm, rope_scaling
+from llmctl.models.attention import Attention
+from llmctl.models.cache import Cache
+from llmctl.models.ffn import GatedMlp, Mlp
+from llmctl.models.linear import Linear
+from llmctl.models.transformer import Block, Stack
+from llmctl.ops import decode_step as ops
+from llmctl.ops.dispatch import DTYPES, inference_library
+
+MAX_TOKENS = 4096
+"""Beyond so many at once the overhead of Python is nothing, and the step's memory is much."""
+
+
+class NotCovered(Exception):
+    """This model, or a part of it, is nothing that the step knows."""
+
+
+class DecodeStep:
+    """Tokens to logits, with the bits of the modules. It borrows the weights of the model as they are when it is made."""
+
+    def __init__(self, model: Stack):
+        """Raises NotCovered."""
+        self._kept: list[object] = []
+        self._dtype = model.embed_tokens.weight.dtype
+        self._model = model
+        _check_stack(model)
+        self._layers = (ops.Layer * len(model.layers))(*(self._layer(layer) for layer in model.layers))
+        self._decoder = self._described()
+        self._rotaries = (ops.Rotary * len(model.rotaries))()
+        self._args = ops.Args(n_rotaries=len(self._rotaries))
+        self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._caches = self._first_keys = None
+
+    @classmethod
+    def of(cls, model: Stack) -> DecodeStep | None:
+        """None where the model, the device or the settings want the modules."""
+        if inference_library() is None:
+            return None
+        try:
+            return cls(model)
+        except NotCovered:
+            return None
+
+    def takes(self, ids_BT: torch.Tensor) -> bool:
+        is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+        return is_plain and ids_BT.device.type == "cpu" and ids_BT.numel() <= MAX_TOKENS
+
+    def logits(self, ids_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """[B, V] of what follows the ids, which continue what the cache holds, in front of a head's softcap."""
+        batch, n_new = ids_BT.shape
+        ids_BT = ids_BT.contiguous()
+        end = cache.length + n_new
+        if end > cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} positions; {end} were asked of it")
+        self._point_at(cache, end)
+        logits_BV = torch.empty(batch, self._decoder.head.n_out, dtype=self._dtype)
+        starts_B = None if cache.starts_B is None else cache.starts_B.contiguous()
+        args = self._args
+        args.tokens, args.logits, args.starts = ids_BT.data_ptr(), logits_BV.data_ptr(), ops.pointer(starts_B)
+        args.batch, args.n_new, args.offset, args.capacity = batch, n_new, cache.length, cache.capacity
+        ops.run(self._decoder, args)
+        cache.length = end
+        return logits_BV
+
+    def _point_at(self, cache: Cache, end: int) -> None:
+        """The structures hold the addresses of this cache, and of tables up to this length."""
+        if self._rotaries and end > self._rotaries[0].n_positions:
+            self._grow_tables(min(cache.capacity, 2 * end))
+        if cache.layers[0].keys is self._first_keys:
+            return
+        self._first_keys = cache.layers[0].keys
+        self._caches = (ops.KvCache * len(cache.layers))(*(ops.kv_cache(e.keys, e.values) for e in cache.layers))
+        self._args.caches = ops.address(self._caches)
+
+    def _grow_tables(self, length: int) -> None:
+        found = (table.lookup(None, None, 0, length, torch.device("cpu")) for table in self._model.rotaries)
+        self._tables = [(cos.to(self._dtype).contiguous(), sin.to(self._dtype).contiguous()) for cos, sin in found]
+        for rotary, (cos, sin) in zip(self._rotaries, self._tables, strict=True):
+            rotary.cos, rotary.sin, (rotary.n_positions, rotary.dims) = cos.data_ptr(), sin.data_ptr(), cos.shape
+        self._args.rotaries = ops.address(self._rotaries)
+
+    def _described(self) -> ops.Decoder:
+        model, spec = self._model, self._model.config
+        positions = model.embed_positions
+        # as the modules multiply: by the scale in the weights' own type
+        scale = float(torch.tensor(spec.embedding_scale, dtype=self._dtype))
+        return ops.Decoder(
+            ops.address(self._layers),
+            self._pointer(model.embed_tokens.weight),
+            None if positions is None else self._pointer(positions.weight[spec.positions.offset :]),
+            self._norm(model.embed_norm),
+            self._norm(model.norm),
+            self._matrix_of(model.head_weight, model.output_bias),
+            len(model.layers),
+            *model.embed_tokens.weight.shape,
+            0 if positions is None else positions.weight.shape[0] - spec.positions.offset,
+            scale,
+            spec.head.scale,
+            ops.dtype(self._dtype),
+        )
+
+    def _layer(self, block: Block) -> ops.Layer:
+        mixer, ffn = block.mixer, block.ffn
+        spec = mixer.spec
+        is_gated = type(ffn) is GatedMlp
+        return ops.Layer(
+            *(self._norm(getattr(block, f"mixer_{place}norm")) for place in ("", "output_", "sum_")),
+            *(self._norm(getattr(block, f"ffn_{place}norm")) for place in ("", "output_", "sum_")),
+            self._norm(mixer.q_norm),
+            self._norm(mixer.k_norm),
+            *(self._matrix(part) for part in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)),
+            self._matrix(ffn.gate_proj) if is_gated else ops.Matrix(),
+            self._matrix(ffn.up_proj),
+            self._matrix(ffn.down_proj),
+            *(spec.n_heads, spec.n_kv_heads, spec.head_dim, spec.window or 0),
+            spec.head_dim**-0.5 if spec.scale is None else spec.scale,
+            spec.softcap or 0.0,
+            spec.qk_norm_over == "head",
+            -1 if mixer.rotary is None else mixer.rotary,
+            ops.activation(self._model.config.block(mixer.layer).ffn.activation),
+        )
+
+    def _norm(self, module: nn.Module) -> ops.Norm:
+        _check_module(module)
+        match module:
+            case nn.Identity():
+                return ops.Norm()
+            case norm.LayerNorm():
+                return ops.norm("layer", self._kept_as(module.weight), self._kept_as(module.bias), module.eps)
+            case norm.RMSNorm() | norm.OffsetRMSNorm():
+                offset = getattr(module, "offset", 0.0)
+                return ops.norm("rms", self._kept_as(module.weight), None, module.eps, offset)
+        raise NotCovered(type(module).__name__)
+
+    def _matrix(self, module: nn.Module) -> ops.Matrix:
+        _check_module(module)
+        if type(module) is not Linear:
+            raise NotCovered(type(module).__name__)
+        return self._matrix_of(module.weight, module.bias)
+
+    def _matrix_of(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ops.Matrix:
+        return ops.matrix(self._kept_as(weight), self._kept_as(bias))
+
+    def _pointer(self, tensor: torch.Tensor) -> int:
+        return self._kept_as(tensor).data_ptr()
+
+    def _kept_as(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """The tensor, which stays alive as long as the step; NotCovered where it is not of the model's type or not here."""
+        if tensor is None:
+            return None
+        is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.is_contiguous()
+        if not is_plain or tensor.device.type != "cpu" or tensor.dtype != self._dtype:
+            raise NotCovered(f"{tensor.dtype} on {tensor.device}")
+        self._kept.append(tensor)
+        return tensor
+
+
+def _check_stack(model: Stack) -> None:
+    spec = model.config
+    has_more = model.virtual is not None or model.embed_types is not None or model.relative_bias is not None
+    has_more |= spec.head.transform is not None or spec.float32_residual or spec.token_dropout is not None
+    blocks = [spec.block(i) for i in range(spec.n_layers)]
+    is_known = all(
+        type(block.mixer) is config.Attention
+        and block.mixer.causal
+        and block.cross_attention is None
+        and isinstance(block.ffn, (config.Mlp, config.GatedMlp))
+        for block in blocks
+    )
+    if has_more or not is_known or not spec.predicts_tokens or model.embed_tokens.weight.dtype not in DTYPES:
+        raise NotCovered(spec.family)
+    ropes = [table.rope for table in model.rotaries]
+    if any(map(rope_scaling.heeds_length, ropes)) or max(block.mixer.head_dim for block in blocks) > ops.MAX_HEAD_DIM:
+        raise NotCovered(spec.family)
+    for layer in model.layers:
+        for module, kinds in ((layer, [Block]), (layer.mixer, [Attention]), (layer.ffn, [Mlp, GatedMlp])):
+            _check_module(module)
+            if type(module) not in kinds or (module.training and spec.dropout):
+                raise NotCovered(type(module).__name__)
+    _check_module(model)
+    _check_module(model.embed_tokens)
+    if type(model.embed_tokens) is not nn.Embedding:
+        raise NotCovered(type(model.embed_tokens).__name__)
+
+
+def _check_module(module: nn.Module) -> None:
+    """NotCovered where somebody else has a hand in the forward pass."""
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        raise NotCovered(f"hooks of {type(module).__name__}")
