@@ -54,6 +54,25 @@ class Cache:
         self.length = 0
         return self._ids_BT
 
+    def cut(self, length: int, capacity: int) -> bool:
+        """Forget all but the first `length` tokens and make room for `capacity`; False, and unchanged, where it cannot.
+
+        Keys and values can be forgotten one by one, a recurrent layer's state cannot. Angles that jump at some length
+        (LongRoPE) are those of the longer text, so that a text cut to below it is to be read again.
+        """
+        has_state = any(isinstance(entry, State) for entry in self.layers)
+        jumps = self._switch_length is not None and length <= self._switch_length < max(self.length, capacity)
+        if length > self.length or (length < self.length and has_state) or jumps:
+            return False
+        self.length = length
+        if self._ids_BT is not None:
+            self._ids_BT = self._ids_BT[:, :length]
+        if capacity > self.capacity:
+            for entry in self.layers:
+                entry.grow(capacity)
+            self.capacity = capacity
+        return True
+
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these rows of the batch (finished sequences leave; a beam is reordered)."""
         for entry in self.layers:
@@ -83,6 +102,10 @@ class KeyValues:
         self.values[:, :, at:end] = v_BGTK
         return self.keys[:, :, :end], self.values[:, :, :end]
 
+    def grow(self, capacity: int) -> None:
+        more = (0, 0, 0, capacity - self.keys.shape[2])
+        self.keys, self.values = (torch.nn.functional.pad(each, more) for each in (self.keys, self.values))
+
     def select(self, rows: torch.Tensor) -> None:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
@@ -95,6 +118,9 @@ class State:
 
     def replace(self, *tensors: torch.Tensor) -> None:
         self.tensors = tuple(tensor.float() for tensor in tensors)
+
+    def grow(self, capacity: int) -> None:
+        """A state has one size."""
 
     def select(self, rows: torch.Tensor) -> None:
         self.tensors = tuple(tensor[rows] for tensor in self.tensors)

@@ -1,0 +1,81 @@
+"""A model that remembers the text it has read: the next prompt costs only the tokens in which it differs."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+
+import torch
+
+from llmctl.models.cache import Cache
+from llmctl.models.causal_lm import CausalLM
+
+_ROOM_AHEAD = 256  # so many more tokens than are needed, so that a cache is not copied at every turn
+
+
+class RememberingModel:
+    """A causal language model for `generation.decode`, whose cache outlives the text that filled it.
+
+    `n_read` counts the tokens that the model has run over, `n_reused` those that it did not have to. Several
+    completions of one prompt read it once; each goes on in a copy.
+    """
+
+    def __init__(self, model: CausalLM):
+        self.model, self.config, self.device = model, model.config, model.device
+        self.n_read = self.n_reused = 0
+        self._cache: Cache | None = None
+        self._ids: list[int] = []
+
+    def forget(self) -> None:
+        self._cache, self._ids = None, []
+
+    def continued(self, prompt_ids: Sequence[int], start_id: int | None) -> Sequence[int]:
+        return self.model.continued(prompt_ids, start_id)
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], continued: Sequence[Sequence[int]], max_new_tokens: int
+    ) -> tuple[Cache, torch.Tensor]:
+        """As `CausalLM.begin`, but with what the cache holds of the prompt left out of the first inputs [B, T]."""
+        ids = list(continued[0])
+        if any(list(other) != ids for other in continued) or getattr(self.model, "n_virtual", 0):
+            self.forget()
+            return self.model.begin(prompts, continued, max_new_tokens)
+        kept = self._keep(ids, len(ids) + max_new_tokens - 1)
+        if not kept:
+            self._cache, _ = self.model.begin([ids], [ids], max_new_tokens + _ROOM_AHEAD)
+            self._ids = []
+        self.n_reused += kept
+        inputs_BT = torch.tensor([ids[kept:]], device=self.device)
+        return self._for_rows(len(continued), inputs_BT)
+
+    def next_logits(self, input_ids_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
+        is_own = cache is self._cache
+        if is_own and len(input_ids_BT) > 1:  # a search has made several rows of it
+            self._cache, is_own = None, False
+        held, self._ids = self._ids, []  # after a failure or an interrupt in the middle nothing is known to be whole
+        logits_BV = self.model.next_logits(input_ids_BT, cache)
+        self.n_read += input_ids_BT.numel()
+        self._ids = held + input_ids_BT[0].tolist() if is_own else held
+        return logits_BV
+
+    def _keep(self, ids: list[int], capacity: int) -> int:
+        """How many tokens of `ids` need not be read; the last always is, since what follows it is asked for."""
+        common = min(len(os.path.commonprefix([self._ids, ids])), len(ids) - 1)
+        if not common or not isinstance(self._cache, Cache):
+            return 0
+        is_full = capacity > self._cache.capacity
+        if not self._cache.cut(common, capacity + _ROOM_AHEAD if is_full else capacity):
+            return 0
+        self._ids = self._ids[:common]
+        return common
+
+    def _for_rows(self, n_rows: int, inputs_BT: torch.Tensor) -> tuple[Cache, torch.Tensor]:
+        """The cache itself for one row; for several a copy, behind all but the last token of the prompt."""
+        if n_rows == 1:
+            return self._cache, inputs_BT
+        if inputs_BT.shape[1] > 1:
+            self.next_logits(inputs_BT[:, :-1], self._cache)
+        rows = copy.deepcopy(self._cache)
+        rows.select(torch.zeros(n_rows, dtype=torch.int64, device=self.device))
+        return rows, inputs_BT[:, -1:].expand(n_rows, 1)

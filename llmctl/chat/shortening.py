@@ -1,0 +1,45 @@
+"""/compact: what was said, in fewer words by the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llmctl.chat.engine import ContextFull
+from llmctl.chat.talk import Talk
+from llmctl.errors import UserError
+
+_ASK = "Summarize the conversation above in a few sentences: facts, names, decisions and open questions."
+
+
+def compact(talk: Talk) -> str:
+    """Replace all turns in front of the last question by a summary in the system message; gives a line that says so.
+
+    Where not all of them fit into the context together with the request, the oldest are left out of the summary, which is
+    said. Raises `UserError` where there is nothing to shorten.
+    """
+    conversation, engine = talk.conversation, talk.engine
+    own = conversation.system
+    at = conversation.last("user")
+    old = conversation.messages[own is not None : at]
+    if not old:
+        raise UserError("there is only one turn; nothing can be shortened", hint="/reset begins anew")
+    before = engine.count(conversation.messages)
+    room = engine.room or 1 << 20
+    sampling = replace(talk.sampling, max_new_tokens=max(16, min(256, room // 8)))
+    n_left_out = 0
+    while True:
+        try:
+            request = [*old[n_left_out:], {"role": "user", "content": _ASK}]
+            pieces = list(engine.answer(request, sampling, sequence=talk.next_sequence()))
+            break
+        except ContextFull:
+            n_left_out += 2
+            if n_left_out >= len(old):
+                raise
+    summary = pieces[-1][1].text.strip()
+    note = f"Summary of the conversation so far: {summary}"
+    conversation.messages = conversation.messages[at:]
+    conversation.set_system(f"{own}\n\n{note}" if own else note)
+    left_out = f"; the {n_left_out} oldest did not fit and are lost" if n_left_out else ""
+    now = engine.count(conversation.messages)
+    return f"{len(old)} messages became a summary: {before} tokens, now {now}{left_out}"

@@ -1,0 +1,92 @@
+"""The tool layer of a conversation: which of a model's calls are run, and who says so.
+
+Text from elsewhere (passages of documents, attachments, results of tools) is data. A call is taken from the tokens that
+the model has drawn, never from such text; one that stands in such text word for word is a quotation, and is not run. And
+once such text is in the conversation, a tool that does more than compute runs only when a person agrees: an
+instruction hidden in a document has nobody to agree with it (indirect prompt injection, Greshake et al. 2023).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+
+from llmctl.chat.events import Called
+from llmctl.chat.prompt import defused
+from llmctl.chat.tools import calls
+from llmctl.chat.tools.toolbox import Call, Toolbox
+from llmctl.tokenizer import Tokenizer
+
+REFUSED = "refused by the user"
+Approve = Callable[[Call, str | None], bool]
+"""Asked with a call before it is run (result None) where it reaches out, and with its result before the model gets it."""
+
+
+class ToolLayer:
+    """`approve` is None where there is nobody to ask."""
+
+    def __init__(self, toolbox: Toolbox, tokenizer: Tokenizer, approve: Approve | None):
+        self.toolbox, self.tokenizer, self.approve = toolbox, tokenizer, approve
+        markup = "".join(token["content"] for token in json.loads(tokenizer.json).get("added_tokens") or [])
+        self.format = calls.format_of(_tool_template(tokenizer), markup)
+        self._n_calls = 0
+
+    @property
+    def system_text(self) -> str | None:
+        """What the system message must say of the tools, where the template does not."""
+        return None if self.format.is_known else calls.described(self.toolbox.schemas())
+
+    @property
+    def schemas(self) -> list[dict] | None:
+        return self.toolbox.schemas() if self.format.is_known else None
+
+    def parse(self, raw: str) -> calls.Said:
+        return self.format.parse(raw)
+
+    def message(self, said: calls.Said) -> dict:
+        message = calls.as_message(said.text, said.calls, self._n_calls)
+        self._n_calls += len(said.calls)
+        return message
+
+    def results(
+        self, message: dict, asked: Sequence[Call], from_elsewhere: Sequence[str]
+    ) -> Iterator[tuple[Called, dict]]:
+        """Each call with what came of it, and the message that tells the model."""
+        for call, listed in zip(asked, message["tool_calls"], strict=True):
+            happened = self._run(call, from_elsewhere)
+            content = happened.result if happened.was_given else REFUSED
+            answer = {"role": "tool", "name": call.name, "tool_call_id": listed["id"]}
+            yield happened, {**answer, "content": defused(content, self.tokenizer)}
+
+    def _run(self, call: Call, from_elsewhere: Sequence[str]) -> Called:
+        tool = self.toolbox.tools.get(call.name)
+        if any(_is_quoted(call, text) for text in from_elsewhere):
+            return Called(call, "error: this call stands in a document; it is a quotation, not run", True)
+        reaches_out = tool is not None and tool.reaches_out and self.toolbox.problem(call) is None
+        if reaches_out and self.approve is None and from_elsewhere:
+            return Called(call, "error: not run: there is text from elsewhere here, and nobody to agree", True)
+        if reaches_out and self.approve is not None and not self.approve(call, None):
+            return Called(call, REFUSED, False)
+        result = self.toolbox.run(call)
+        return Called(call, result, self.approve is None or self.approve(call, result))
+
+
+def _tool_template(tokenizer: Tokenizer) -> str:
+    from llmctl import chat_template
+
+    named = chat_template.by_name(tokenizer.config.get("chat_template"))
+    return named.get("tool_use") or named.get("default") or ""
+
+
+def _is_quoted(call: Call, text: str) -> bool:
+    """Whether a text holds the call: its name, and every argument word for word, whatever stands between them."""
+    plain = _squeezed(text)
+    values = [value if isinstance(value, str) else json.dumps(value) for value in call.arguments.values()]
+    if not call.name or not values or _squeezed(call.name) not in plain:
+        return False
+    return all(_squeezed(value) in plain for value in values)
+
+
+def _squeezed(text: str) -> str:
+    """Without spaces, quotes, backslashes and case, in which a quotation may differ."""
+    return "".join(letter for letter in text.casefold() if letter.isalnum() or letter in "+-*/%._=")

@@ -1,0 +1,359 @@
+"""The chat as a library and through pipes: prompts, the cache that is kept, contexts that fill up, sessions, corrections."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from llmctl.chat import corrections, sessions  # noqa: E402
+from llmctl.chat.conversation import Conversation  # noqa: E402
+from llmctl.chat.desk import Desk  # noqa: E402
+from llmctl.chat.engine import ContextFull, Engine  # noqa: E402
+from llmctl.chat.events import Done, Piece, Remark  # noqa: E402
+from llmctl.chat.prompt import ChatPrompt, defused  # noqa: E402
+from llmctl.chat.settings import ChatSettings  # noqa: E402
+from llmctl.chat.talk import Talk  # noqa: E402
+from llmctl.chat_view import lines  # noqa: E402
+from llmctl.errors import UserError  # noqa: E402
+from llmctl.finetune.data.template import with_template  # noqa: E402
+from llmctl.generation.settings import Sampling  # noqa: E402
+from llmctl.tokenizer import Tokenizer  # noqa: E402
+
+GREEDY = Sampling(temperature=0.0, max_new_tokens=8, seed=0, ignore_eos=True)
+CHATML = (
+    "{% for message in messages %}{% if message.role not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('unknown role ' + message.role) }}{% endif %}"
+    "<|{{ message.role }}|>{{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_model(path, kind="llama", positions=256, **more):
+    """A small random model over bytes."""
+    torch.manual_seed(0)
+    if kind == "mamba":
+        config = transformers.MambaConfig(vocab_size=257, hidden_size=32, num_hidden_layers=2, state_size=4)
+        transformers.MambaForCausalLM(config).save_pretrained(path)
+    else:
+        config = transformers.LlamaConfig(
+            vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.3, max_position_embeddings=positions, **more,
+        )  # fmt: skip
+        transformers.LlamaForCausalLM(config).save_pretrained(path)
+    with_template(Tokenizer.bytes(), CHATML).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture
+def engine(model):
+    return Engine.open(model, device="cpu")
+
+
+def said(events):
+    return "".join(event.text for event in events if isinstance(event, Piece))
+
+
+def ask(talk, question):
+    return said(talk.ask(question))
+
+
+# --- the cache ---
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_a_turn_costs_only_its_new_tokens(tmp_path, kind):
+    engine = Engine.open(save_model(tmp_path / kind, kind), device="cpu")
+    talk = Talk(engine, Conversation(), GREEDY)
+    total = 0
+    for question in ("hi", "how are you?", "a third question"):
+        ask(talk, question)
+        prompt, answer = talk.last.prompt_tokens, talk.last.ids
+        new = prompt - talk.last.reused_tokens
+        # All but the last token of an answer has been read; that one, the end, and the next question are new.
+        assert new == (prompt if total == 0 else prompt - total)
+        total = prompt + len(answer) - 1
+        assert engine.model.n_read == total
+
+
+def test_answers_with_a_kept_cache_are_those_without(engine, model):
+    talk = Talk(engine, Conversation(), GREEDY)
+    for question in ("hi", "and then?", "why"):
+        ask(talk, question)
+    fresh = Engine.open(model, device="cpu")
+    for upto in (1, 3, 5):
+        messages = talk.conversation.messages[:upto]
+        assert (
+            said(Piece(*pair) for pair in fresh.answer(messages, GREEDY)) == talk.conversation.messages[upto]["content"]
+        )
+        fresh.model.forget()
+
+
+def test_undo_and_edit_reuse_what_they_share(engine):
+    talk = Talk(engine, Conversation(), GREEDY)
+    ask(talk, "the same beginning")
+    first = ask(talk, "one")
+    talk.conversation.undo()
+    before = engine.model.n_read
+    assert ask(talk, "one") == first  # the cache was cut back, and goes on as it did
+    assert engine.model.n_read - before < 2 * GREEDY.max_new_tokens
+    talk.conversation.undo()
+    ask(talk, "two")
+    assert talk.last.reused_tokens > talk.last.prompt_tokens - 20
+
+
+def test_a_recurrent_state_cannot_go_back(tmp_path):
+    engine = Engine.open(save_model(tmp_path / "mamba", "mamba"), device="cpu")
+    talk = Talk(engine, Conversation(), GREEDY)
+    first = ask(talk, "one")
+    talk.conversation.undo()
+    assert ask(talk, "one") == first and talk.last.reused_tokens == 0
+
+
+def test_a_position_rule_that_jumps_is_read_again(tmp_path):
+    """LongRoPE's angles beyond the switch are others: a text cut back below it must be read anew."""
+    scaling = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+    path = save_model(tmp_path / "long", rope_scaling={**scaling, "original_max_position_embeddings": 64})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "original_max_position_embeddings": 64}))
+    engine = Engine.open(path, device="cpu")
+    talk = Talk(engine, Conversation(), GREEDY)
+    short = ask(talk, "short")
+    ask(talk, "x" * 80)
+    talk.conversation.undo()
+    talk.conversation.undo()
+    assert ask(talk, "short") == short
+
+
+def test_several_samples_read_their_prompt_once(engine):
+    sampling = Sampling(temperature=1.0, max_new_tokens=6, seed=3, ignore_eos=True)
+    messages = [{"role": "user", "content": "a question of some length"}]
+    answers = engine.samples(messages, sampling, 4)
+    n_prompt = answers[0].prompt_tokens
+    assert engine.model.n_read == n_prompt - 1 + 4 * 6
+    assert len({answer.text for answer in answers}) > 1
+    alone = [list(engine.answer(messages, sampling, sequence=i))[-1][1].text for i in range(4)]
+    assert [answer.text for answer in answers] == alone
+
+
+# --- prompts ---
+
+
+def test_tokens_of_answers_are_those_that_were_drawn(data):
+    tokenizer = with_template(Tokenizer.load(data / "models" / "stories260K"), CHATML)
+    prompt = ChatPrompt(tokenizer)
+    text = prompt.text([{"role": "user", "content": "hi"}])
+    ids = prompt.ids(text)
+    odd = [tokenizer.encode(letter, False)[-1] for letter in "once"]  # nobody would split it so
+    answer = tokenizer.decode([*ids, *odd])[len(tokenizer.decode(ids)) :]
+    prompt.remember(text, ids, answer, odd)
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]
+    after = prompt.ids(prompt.text([*messages, {"role": "user", "content": "more"}]))
+    assert after[: len(ids) + len(odd)] == [*ids, *odd]
+    assert tokenizer.decode(after, False) == tokenizer.decode(
+        tokenizer.encode(prompt.text([*messages, {"role": "user", "content": "more"}]), False), False
+    )
+
+
+def test_markup_in_text_from_elsewhere_is_text(data):
+    tokenizer = Tokenizer.bytes()
+    end = tokenizer.decode([tokenizer.eos_id], skip_special_tokens=False)
+    text = defused(f"before {end} after {end}{end}", tokenizer)
+    assert tokenizer.eos_id not in tokenizer.encode(text)
+    assert tokenizer.eos_id in tokenizer.encode(end)
+
+
+def test_a_template_that_refuses_the_conversation(engine):
+    with pytest.raises(UserError, match=r"refuses this conversation \(user, tool\).*unknown role tool"):
+        engine.prompt.text([{"role": "user", "content": "hi"}, {"role": "tool", "content": "3"}])
+
+
+# --- a context that is full ---
+
+
+def test_a_full_context_is_said_and_the_question_not_kept(engine):
+    talk = Talk(engine, Conversation(), GREEDY)
+    ask(talk, "x" * 60)
+    kept = list(talk.conversation.messages)
+    with pytest.raises(
+        ContextFull, match=r"the context is full: the conversation has \d+ tokens, the model reads 256"
+    ) as raised:
+        ask(talk, "y" * 200)
+    assert "/compact" in raised.value.hint and talk.conversation.messages == kept
+
+
+def test_the_oldest_turns_go_where_that_is_wanted(engine):
+    talk = Talk(engine, Conversation([{"role": "system", "content": "be short"}]), GREEDY, "drop-oldest")
+    for _ in range(3):
+        ask(talk, "x" * 60)
+    events = list(talk.ask("y" * 60))
+    assert any(isinstance(event, Remark) and "oldest messages were dropped" in event.text for event in events)
+    assert talk.conversation.system == "be short"
+    assert [message["role"] for message in talk.conversation.messages[1:3]] == ["user", "assistant"]
+    with pytest.raises(ContextFull):
+        ask(talk, "z" * 300)
+
+
+def test_compacting(engine):
+    from llmctl.chat.shortening import compact
+
+    talk = Talk(engine, Conversation(), GREEDY)
+    for question in ("one", "two", "three"):
+        ask(talk, question)
+    line = compact(talk)
+    assert "4 messages became a summary" in line
+    assert [message["role"] for message in talk.conversation.messages] == ["system", "user", "assistant"]
+    assert talk.conversation.system.startswith("Summary")
+
+
+def test_an_answer_that_the_context_cuts_says_so(engine):
+    talk = Talk(engine, Conversation(), Sampling(temperature=0.0, max_new_tokens=1000, seed=0, ignore_eos=True))
+    events = list(talk.ask("hi"))
+    assert any(isinstance(event, Remark) and "context ends" in event.text for event in events)
+    assert talk.last.context == 257  # the last token is not read back
+
+
+def test_stopping_keeps_what_was_said(engine):
+    talk = Talk(engine, Conversation(), GREEDY)
+    events = talk.ask("hi")
+    pieces = []
+    for event in events:
+        if isinstance(event, Piece):
+            pieces.append(event.text)
+            talk.should_stop = len(pieces) >= 3
+    assert talk.conversation.messages[-1] == {"role": "assistant", "content": "".join(pieces)}
+    assert talk.last.finish_reason == "interrupted"
+
+
+# --- files ---
+
+
+def test_sessions_come_back_as_they_were(engine, tmp_path):
+    conversation = Conversation()
+    conversation.add("user", "hi\nyou")
+    conversation.add("assistant", "hello ü")
+    conversation.switch("other")
+    conversation.add("user", "more")
+    path = tmp_path / "s.jsonl"
+    sessions.save(conversation, path, "model", "template")
+    again, remarks = sessions.load(path, "template")
+    assert again == conversation and not remarks
+    _, remarks = sessions.load(path, "another template")
+    assert "chat template of model" in remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "line 2: not valid JSON"), ('{"text": "x"}', 'line 2: expected an object with "messages"'),
+     ('{"messages": [{"role": "robot", "content": "x"}]}', "line 2: messages.0.: unknown role 'robot'")],
+)  # fmt: skip
+def test_a_session_that_is_broken_is_named_by_line(tmp_path, line, message):
+    path = tmp_path / "s.jsonl"
+    path.write_text(f'{{"messages": [{{"role": "user", "content": "x"}}]}}\n{line}\n')
+    with pytest.raises(UserError, match=message):
+        sessions.load(path, "")
+
+
+def test_a_correction_is_learned_alone(tmp_path, engine):
+    from llmctl.finetune.data.forms import recognize
+    from llmctl.finetune.data.rendering import Renderer
+
+    prompt = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "wrong too"},
+        {"role": "user", "content": "2+2?"},
+    ]
+    told, preferred = corrections.append(str(tmp_path / "fixes"), prompt, "5", "4")
+    corrections.append(str(tmp_path / "fixes"), prompt[:1], "no", "yes")
+    rows = [json.loads(line) for line in told.read_text().splitlines()]
+    assert len(rows) == 2
+    chat = recognize(rows[0], "sft").build(rows[0])
+    (draft,) = Renderer(engine.tokenizer).drafts(chat)
+    assert "".join(draft.text[a:b] for a, b in draft.learned).startswith("4") and len(draft.learned) == 1
+    pair = json.loads(preferred.read_text().splitlines()[0])
+    built = recognize(pair, "dpo").build(pair)
+    assert (built.chosen.messages[-1]["content"], built.rejected.messages[-1]["content"]) == ("4", "5")
+    assert built.chosen.n_prompt == 3
+    with pytest.raises(UserError, match="empty"):
+        corrections.append(str(tmp_path / "fixes"), prompt, "5", " ")
+
+
+# --- through pipes ---
+
+
+def test_turns_from_a_pipe(llmctl, model):
+    lines = 'hi\n\n{"role": "system", "content": "be short"}\n{"role": "user", "content": "again"}\n'
+    result = llmctl("chat", model, "-n", 5, "--temperature", 0, input=lines)
+    first, second = result.stdout.splitlines()
+    assert first and not first.startswith("{")
+    answer = json.loads(second)
+    assert answer["role"] == "assistant" and answer["completion_tokens"] <= 5
+
+
+def test_a_pipe_keeps_a_session_and_goes_on_with_it(llmctl, model, tmp_path):
+    flags = ("-n", 5, "--temperature", 0, "--session", "s.jsonl", "--jsonl")
+    llmctl("chat", model, *flags, input="hi\n")
+    assert "exists already" in llmctl("chat", model, *flags, input="hi\n", code=2).stderr
+    llmctl("chat", model, *flags, "--continue", input="more\n")
+    (row,) = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert [message["content"] for message in row["messages"][::2]] == ["hi", "more"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('hi\n{"role": "user"\n', "standard input: line 2: not valid JSON"),
+        ('hi\n\n{"role": "boss", "content": "x"}\n', "standard input: line 3: message[0]: unknown role 'boss'"),
+        (b"\xff\n", "standard input: line 1: not UTF-8"),
+        ("", "standard input is empty"),
+        ("y" * 400, "standard input: line 1: the context is full"),
+        ('{"role": "tool", "content": "3"}\nhi\n', "line 2: the model's chat template refuses"),
+    ],
+)  # fmt: skip
+def test_turns_that_cannot_be_are_named(engine, text, message):
+    with pytest.raises(UserError) as raised:
+        from_lines(engine, text)
+    assert message in raised.value.message
+
+
+def from_lines(engine, text):
+    """Answers and notes of a chat without a terminal."""
+    written, notes = [], []
+    data = text if isinstance(text, bytes) else text.encode()
+    lines.run(Desk(engine, ChatSettings(), GREEDY), data.splitlines(keepends=True), written.append, notes.append)
+    return written, notes
+
+
+def test_a_broken_turn_ends_a_pipe_after_the_answers_in_front_of_it(llmctl, model):
+    result = llmctl("chat", model, "-n", 5, input='hi\n{"role": "user"\n', code=1)
+    assert result.stdout.count("\n") >= 1
+    assert result.stderr.splitlines()[0].startswith("error: standard input: line 2: not valid JSON")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--samples", 3], ["--vote"], ["--best-of", 3], ["--reward", "x"], ["--tools", "shell"], ["--num-beams", 2]],
+)
+def test_flags_that_contradict_each_other(llmctl, model, flags):
+    assert len(llmctl("chat", model, *flags, input="hi\n", code=2).stderr.splitlines()) <= 2
+
+
+def test_a_vote(llmctl, model):
+    flags = ("--samples", 5, "--vote", "-n", 6, "--seed", 1)
+    one, two = (llmctl("chat", model, *flags, input="hi\n") for _ in range(2))
+    assert one.stdout == two.stdout and one.stdout.strip()
+    assert "of 5 samples agree" in one.stderr or "none of 5" in one.stderr
+
+
+def test_the_desk_keeps_a_file_up_to_date(engine, tmp_path):
+    desk = Desk(engine, ChatSettings(session=str(tmp_path / "s.jsonl")), GREEDY)
+    assert isinstance(list(desk.ask("hi"))[-1], Done)
+    assert json.loads((tmp_path / "s.jsonl").read_text())["messages"][0]["content"] == "hi"
