@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 10
+#define LLMCTL_ABI 11
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -36,8 +36,8 @@ enum {
 };
 LLMCTL_API uint64_t llmctl_cpu_features(void);
 
-/* The instruction set that the kernels chosen at run time use: scalar, avx2, avx512 or avx512_bf16. By default the best
- * that the processor runs; null goes back to it. One that it lacks is refused. */
+/* The instruction set that the kernels chosen at run time use: scalar, avx2, avx512, avx512_vnni, avx512_bf16 or amx.
+ * By default the best that the processor runs; null goes back to it. One that it lacks is refused. */
 LLMCTL_API int llmctl_set_isa(const char* name);
 LLMCTL_API const char* llmctl_isa(void);
 
@@ -86,7 +86,8 @@ LLMCTL_API int llmctl_bpe_encode(void* encoder, const uint8_t* text, const int64
 /* Element types of the tensors below. */
 enum {
     LLMCTL_F32 = 0,
-    LLMCTL_BF16 = 1
+    LLMCTL_BF16 = 1,
+    LLMCTL_F16 = 2 /* of scales alone */
 };
 
 /* out = x weight^T + bias for x [n_rows, n_in], weight [n_out, n_in], bias [n_out] or null and out [n_rows, n_out]; the
@@ -96,20 +97,23 @@ LLMCTL_API int llmctl_linear(int32_t dtype, const void* x, int64_t x_stride, con
                              const void* bias, void* out, int64_t out_stride, int64_t n_rows, int64_t n_in,
                              int64_t n_out);
 
-/* Weights [n_out, n_in] in 4 or 8 bits: (code - zero) * scale, rounded once to the type of the product's operands. Groups
- * are `group_size` weights of one output, a multiple of 32 or the whole row, and have a scale (float32 or bfloat16) and,
- * unless zeros is null, a zero each: [n_out, ceil(n_in / group_size)]. Without zeros it is 8 for 4 bits, 128 for 8.
- * Codes lie output by output, row_bytes apart: one to a byte; or, in 4 bits, 64 to 32 bytes, of which byte i holds number
- * i below number i + 32. Rows are filled up to a multiple of 64 weights. */
+/* Weights [n_out, n_in] in 4 or 8 bits: (code - zero) * scale. A unit is `unit` (32, 64 or 128) weights of one output,
+ * counted from the row's first, which share a scale (float32, bfloat16 or float16) and, unless zeros is null, a zero;
+ * without it that is 8 for 4 bits, 128 for 8. In memory: panels of 16 outputs; of a panel blocks of 128 weights; of a
+ * block runs of 32; of a run quads of 4, output by output: 64 bytes in 8 bits, and in 4 the quads 0 to 3 in the lower
+ * halves of 64 bytes each, 4 to 7 in the upper. Scales and zeros: panels, blocks, units, 16 outputs. What fills up the
+ * last panel and block has codes and scales of 0. */
 typedef struct {
     const uint8_t* codes;
     const void* scales;
     const uint8_t* zeros;
-    int64_t group_size, row_bytes;
+    int64_t n_in, n_out, unit;
     int32_t bits, scales_dtype;
 } llmctl_quantized_weight;
 
-/* The same as llmctl_linear with such weights. */
+/* The same as llmctl_linear with such weights. Each 128 elements of a row of x are rounded to a scale times whole numbers,
+ * of 8 bits for weights of 4, of 15 for weights of 8; a row with NaN or infinity gives NaN, and of 128 elements none
+ * above 1e-30 count as 0. */
 LLMCTL_API int llmctl_quantized_linear(int32_t dtype, const void* x, int64_t x_stride,
                                        const llmctl_quantized_weight* weight, const void* bias, void* out,
                                        int64_t out_stride, int64_t n_rows, int64_t n_in, int64_t n_out);

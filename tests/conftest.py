@@ -63,7 +63,7 @@ def data() -> Path:
     return DATA
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def isa(request) -> str:
     """Each instruction set that kernels are written for, forced in turn; skipped where the processor lacks it."""
     from llmctl.ops import native

@@ -3,6 +3,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -14,6 +18,16 @@ Leaf cpuid(uint32_t leaf, uint32_t subleaf = 0) {
     Leaf r;
     __get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx);
     return r;
+}
+
+// Linux gives a process the tile registers when it asks; ARCH_REQ_XCOMP_PERM with XTILEDATA, asm/prctl.h.
+bool may_use_tiles() {
+#ifdef __linux__
+    static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return granted;
+#else
+    return false;
+#endif
 }
 
 bool has(uint32_t word, int bit) { return (word >> bit) & 1; }
@@ -32,7 +46,7 @@ uint64_t llmctl_cpu_features(void) {
     if (!has(basic.ecx, 27)) return 0;  // OSXSAVE
     const uint64_t saved = saved_registers();
     const bool avx_saved = (saved & 0x6) == 0x6, avx512_saved = (saved & 0xe6) == 0xe6;
-    const bool amx_saved = (saved & 0x60000) == 0x60000;
+    const bool amx_saved = (saved & 0x60000) == 0x60000 && may_use_tiles();
     uint64_t features = 0;
     if (avx_saved && has(basic.ecx, 12) && has(basic.ecx, 29) && has(more.ebx, 5)) {
         features |= LLMCTL_CPU_AVX2;

@@ -17,13 +17,17 @@ struct Isa {
     const Kernels* kernels;
 };
 
+constexpr uint64_t vnni = LLMCTL_CPU_AVX2 | LLMCTL_CPU_AVX512 | LLMCTL_CPU_AVX512_VNNI;
+
 // From the least to the best.
 const Isa isas[] = {
     {"scalar", 0, &scalar_kernels},
 #ifdef __x86_64__
     {"avx2", LLMCTL_CPU_AVX2, &avx2_kernels},
     {"avx512", LLMCTL_CPU_AVX2 | LLMCTL_CPU_AVX512, &avx512_kernels},
-    {"avx512_bf16", LLMCTL_CPU_AVX2 | LLMCTL_CPU_AVX512 | LLMCTL_CPU_AVX512_BF16, &avx512_bf16_kernels},
+    {"avx512_vnni", vnni, &avx512_vnni_kernels},
+    {"avx512_bf16", vnni | LLMCTL_CPU_AVX512_BF16, &avx512_bf16_kernels},
+    {"amx", vnni | LLMCTL_CPU_AVX512_BF16 | LLMCTL_CPU_AMX_INT8 | LLMCTL_CPU_AMX_BF16, &amx_kernels},
 #endif
 };
 

@@ -24,6 +24,7 @@ using RotateKernel = void (*)(const void* x, const void* cos, const void* sin, v
 
 struct Kernels {
     LinearKernel linear_f32, linear_bf16;
+    QuantizeRowKernel quantize_row_f32, quantize_row_bf16;
     QuantizedLinearKernel quantized_linear_f32, quantized_linear_bf16;
     AttentionKernels attention_f32, attention_bf16;
     ActivationKernel activation_f32, activation_bf16;
@@ -38,7 +39,7 @@ struct Kernels {
 // Each defined in the file of its name, which alone is compiled for that instruction set.
 extern const Kernels scalar_kernels;
 #ifdef __x86_64__
-extern const Kernels avx2_kernels, avx512_kernels, avx512_bf16_kernels;
+extern const Kernels avx2_kernels, avx512_kernels, avx512_vnni_kernels, avx512_bf16_kernels, amx_kernels;
 #endif
 
 // The best that the processor runs, or those that llmctl_set_isa chose.

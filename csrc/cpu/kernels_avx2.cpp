@@ -3,17 +3,20 @@
 #include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear_tile.h"
+#include "cpu/quantize_row.h"
 #include "cpu/quantized_linear.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rotate.h"
 #include "cpu/sampling_scans.h"
-#include "cpu/simd/avx2.h"
+#include "cpu/simd/int_avx2.h"
 
 const llmctl::Kernels llmctl::avx2_kernels = {
     linear_piece<FloatDot<Avx2, float>, 3>,
     linear_piece<FloatDot<Avx2, Bf16>, 3>,
-    quantized_linear_piece<FloatDot<Avx2, float>, 3>,
-    quantized_linear_piece<FloatDot<Avx2, Bf16>, 3>,
+    quantize_row<Avx2, float>,
+    quantize_row<Avx2, Bf16>,
+    quantized_linear_piece<Avx2Int, float, 4>,
+    quantized_linear_piece<Avx2Int, Bf16, 4>,
     attention_kernels<FloatDot<Avx2, float>, 3, 2>,
     attention_kernels<FloatDot<Avx2, Bf16>, 3, 2>,
     activation_kernel<Avx2, float>,

@@ -3,17 +3,20 @@
 #include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear_tile.h"
+#include "cpu/quantize_row.h"
 #include "cpu/quantized_linear.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rotate.h"
 #include "cpu/sampling_scans.h"
-#include "cpu/simd/avx512.h"
+#include "cpu/simd/int_avx512.h"
 
 const llmctl::Kernels llmctl::avx512_kernels = {
     linear_piece<FloatDot<Avx512, float>, 6>,
     linear_piece<FloatDot<Avx512, Bf16>, 6>,
-    quantized_linear_piece<FloatDot<Avx512, float>, 6>,
-    quantized_linear_piece<FloatDot<Avx512, Bf16>, 6>,
+    quantize_row<Avx512, float>,
+    quantize_row<Avx512, Bf16>,
+    quantized_linear_piece<Avx512Int, float, 8>,
+    quantized_linear_piece<Avx512Int, Bf16, 8>,
     attention_kernels<FloatDot<Avx512, float>, 6, 6>,
     attention_kernels<FloatDot<Avx512, Bf16>, 6, 6>,
     activation_kernel<Avx512, float>,

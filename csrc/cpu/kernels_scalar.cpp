@@ -3,17 +3,20 @@
 #include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear_tile.h"
+#include "cpu/quantize_row.h"
 #include "cpu/quantized_linear.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rotate.h"
 #include "cpu/sampling_scans.h"
-#include "cpu/simd/scalar.h"
+#include "cpu/simd/int_scalar.h"
 
 const llmctl::Kernels llmctl::scalar_kernels = {
     linear_piece<FloatDot<Scalar, float>, 2>,
     linear_piece<FloatDot<Scalar, Bf16>, 2>,
-    quantized_linear_piece<FloatDot<Scalar, float>, 2>,
-    quantized_linear_piece<FloatDot<Scalar, Bf16>, 2>,
+    quantize_row<Scalar, float>,
+    quantize_row<Scalar, Bf16>,
+    quantized_linear_piece<ScalarInt, float, 4>,
+    quantized_linear_piece<ScalarInt, Bf16, 4>,
     attention_kernels<FloatDot<Scalar, float>, 2, 1>,
     attention_kernels<FloatDot<Scalar, Bf16>, 2, 1>,
     activation_kernel<Scalar, float>,

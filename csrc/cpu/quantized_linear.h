@@ -1,5 +1,6 @@
-// The matrix product with weights in 4 or 8 bits: a tile's weights become floats in the first-level cache, once for all
-// rows, and go the way of any others. So few rows and many give the same bits here too.
+// The matrix product with weights in 4 or 8 bits. Codes times codes add up in whole numbers, which no order of additions
+// changes; a unit's sum becomes a float, is scaled and added to the block's, and blocks add up one after another. Few
+// rows and many, with and without tiles, hence give the same bits.
 #pragma once
 
 #include "cpu/linear_tile.h"
@@ -8,90 +9,127 @@
 namespace llmctl {
 namespace {
 
-LLMCTL_INLINE float scale_of(const QuantizedLinear& c, int64_t group) {
-    return c.scales_are_bf16 ? load(static_cast<const Bf16*>(c.scales)[group])
-                             : static_cast<const float*>(c.scales)[group];
+// 16 scales of a unit, or as many as a vector has lanes.
+template <class I>
+LLMCTL_INLINE typename I::Simd::Vec load_scales(const QuantizedLinear& c, int64_t at) {
+    if (c.scales_dtype == LLMCTL_F32) return I::Simd::load(static_cast<const float*>(c.scales) + at);
+    if (c.scales_dtype == LLMCTL_BF16) return I::Simd::load(static_cast<const Bf16*>(c.scales) + at);
+    return I::load_halves(static_cast<const uint16_t*>(c.scales) + at);
 }
 
-LLMCTL_INLINE float zero_of(const QuantizedLinear& c, int64_t group) {
-    return c.zeros ? c.zeros[group] : static_cast<float>(1 << (c.bits - 1));
+// What the sum of a unit begins with: minus the zero times the sum of the row's codes.
+template <class I, int Bits>
+LLMCTL_INLINE typename I::Vec minus_zeros(const QuantizedLinear& c, int64_t at, int32_t minus_sum) {
+    if (c.zeros == nullptr) return I::all(minus_sum * (1 << (Bits - 1)));
+    return I::mul(I::load_bytes(c.zeros + at), I::all(minus_sum));
 }
 
-// Turns codes into elements; an instruction set may have a faster way to the same bits.
-template <class S, class Element>
-struct Dequantizer {
-    // A run of weights of one group. In four bits a block of 64 has the first 32 in the lower halves of its bytes, the
-    // others in the upper.
-    static LLMCTL_INLINE void run(int bits, const uint8_t* codes, int64_t i, float scale, float zero, Element* to) {
-        const auto scales = S::all(scale), zeros = S::all(zero);
-        const uint8_t* from = bits == 8 ? codes + i : codes + i / 64 * 32;
-        for (int lane = 0; lane < quantized_run; lane += S::lanes) {
-            const auto code = bits == 8     ? S::load_bytes(from + lane)
-                              : i % 64 != 0 ? S::load_upper(from + lane)
-                                            : S::load_lower(from + lane);
-            S::store(to + i + lane, S::mul(S::sub(code, zeros), scales));
+// Sums of `Rows` rows over a run of 32 weights of I::lanes outputs; codes of a row are 64 bytes behind those before it.
+template <class I, int Bits, int Rows>
+LLMCTL_INLINE void add_run(const uint8_t* weights, const int8_t* x, int64_t terms_stride,
+                           typename I::Vec sums[Rows][2]) {
+    constexpr int quads = 8;
+#pragma GCC unroll 8
+    for (int q = 0; q < (Bits == 8 ? quads : quads / 2); ++q) {
+        const auto codes = I::load_codes(weights + q * 64);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const int8_t* row = x + r * 64 + q * 4;
+            if constexpr (Bits == 8) {
+                sums[r][0] = I::template dot<8>(sums[r][0], codes, row);
+                sums[r][1] = I::template dot<8>(sums[r][1], codes, row + terms_stride);
+            } else {
+                sums[r][0] = I::template dot<4>(sums[r][0], I::low(codes), row);
+                sums[r][1] = I::template dot<4>(sums[r][1], I::high(codes), row + quads / 2 * 4);
+            }
         }
     }
+}
 
-    // The weights from `begin` to `end`, all of one group; begin is a multiple of 32, and up to 31 behind end are
-    // written.
-    static LLMCTL_INLINE void group(int bits, const uint8_t* codes, int64_t begin, int64_t end, float scale, float zero,
-                                    Element* to) {
-        for (int64_t i = begin; i < end; i += quantized_run) run(bits, codes, i, scale, zero, to);
-    }
-};
-
-// The weights [k, k + n) of one output as elements; k is a multiple of 64.
-template <class S, class Element>
-LLMCTL_INLINE void dequantize(const QuantizedLinear& c, int64_t out, int64_t k, int64_t n, Element* to) {
-    const uint8_t* codes = c.codes + out * c.row_bytes + k * c.bits / 8;
-    // what this place of the next tile has will be needed soon
-    for (int64_t i = 0; i < n * c.bits / 8; i += 64) S::prefetch(codes + outs_per_tile * c.row_bytes + i);
-    int64_t group = k / c.group_size, end = (group + 1) * c.group_size - k;
-    for (int64_t begin = 0; begin < n; begin = end, end += c.group_size, ++group) {
-        const int64_t at = out * c.n_groups + group;
-        Dequantizer<S, Element>::group(c.bits, codes, begin, end < n ? end : n, scale_of(c, at), zero_of(c, at), to);
+// `Rows` rows from `row` on, all of one row block, times I::lanes outputs of a panel, from `part` on: over one block.
+template <class I, int Bits, int Rows>
+LLMCTL_INLINE void block_sums(const QuantizedLinear& c, const QuantizedRows& x, int64_t row, int64_t panel, int64_t part,
+                              int64_t block, typename I::Simd::Vec total[Rows]) {
+    using S = typename I::Simd;
+    const int64_t rows = row / row_block, in_block = row % row_block;
+    const int64_t run_bytes = quantized_run * quantized_panel * Bits / 8;
+    const uint8_t* weights = c.codes + panel * c.panel_bytes() + block * 4 * run_bytes + part * 4;
+    const int8_t* codes = x.tiles(rows, block) + in_block * 64;
+    const int64_t half = x.terms * tile_bytes, runs = c.unit / quantized_run;
+    const int32_t* minus_sums = x.sums_of(rows, block) + in_block;
+    int64_t at = c.unit_at(panel, block) + part;
+    for (int r = 0; r < Rows; ++r) total[r] = S::zero();
+    for (int64_t run = 0; run < 4; at += quantized_panel, minus_sums += row_block) {
+        typename I::Vec sums[Rows][2];
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            sums[r][0] = I::all(0);
+            sums[r][1] = minus_zeros<I, Bits>(c, at, minus_sums[r]);
+        }
+        for (int64_t last = run + runs; run < last; ++run) {
+            add_run<I, Bits, Rows>(weights + run * run_bytes, codes + run / 2 * half + run % 2 * 32, tile_bytes, sums);
+        }
+        const auto scales = load_scales<I>(c, at);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const auto sum = I::to_float(I::add(Bits == 8 ? I::times_128(sums[r][0]) : sums[r][0], sums[r][1]));
+            total[r] = S::fma(sum, scales, total[r]);
+        }
     }
 }
 
-template <class Dot, int Rows>
-LLMCTL_INLINE void linear_tile_of(int64_t n_rows, const typename Dot::Element* x, int64_t x_stride,
-                                  const typename Dot::Element* const w[outs_per_tile], int64_t n, bool more,
-                                  float* sums) {
+template <class I, int Bits, int Rows>
+void panel_sums(const QuantizedLinear& c, const QuantizedRows& x, int64_t row, int64_t panel, float* to) {
+    using S = typename I::Simd;
+    constexpr int parts = quantized_panel / I::lanes;
+    typename S::Vec sums[Rows][parts];
+    for (auto& of_row : sums) {
+        for (auto& part : of_row) part = S::zero();
+    }
+    for (int64_t block = 0; block < c.n_blocks; ++block) {
+        const float* scales = x.scales_of(row / row_block, block) + row % row_block;
+#pragma GCC unroll 4
+        for (int part = 0; part < parts; ++part) {
+            typename S::Vec total[Rows];
+            block_sums<I, Bits, Rows>(c, x, row, panel, part * I::lanes, block, total);
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; ++r) sums[r][part] = S::fma(total[r], S::all(scales[r]), sums[r][part]);
+        }
+    }
+    for (int r = 0; r < Rows; ++r) {
+        for (int part = 0; part < parts; ++part) S::store(to + r * linear_max_outs + part * I::lanes, sums[r][part]);
+    }
+}
+
+template <class I, int Bits, int Rows>
+LLMCTL_INLINE void panel_sums_of(int64_t n_rows, const QuantizedLinear& c, const QuantizedRows& x, int64_t row,
+                                 int64_t panel, float* to) {
     if constexpr (Rows > 1) {
-        if (n_rows < Rows) return linear_tile_of<Dot, Rows - 1>(n_rows, x, x_stride, w, n, more, sums);
+        if (n_rows < Rows) return panel_sums_of<I, Bits, Rows - 1>(n_rows, c, x, row, panel, to);
     }
-    linear_tile<Dot, Rows, false>(x, x_stride, w, n, 0, more, sums, linear_max_outs);
+    panel_sums<I, Bits, Rows>(c, x, row, panel, to);
 }
 
-template <class Dot, int MaxRows>
-void quantized_linear_piece(const QuantizedLinear& c, const LinearPiece& piece) {
-    using Element = typename Dot::Element;
-    using S = typename Dot::Simd;
-    constexpr int64_t block = block_length<Element>;
-    const int64_t n_rows = piece.last_row - piece.first_row;
-    const Element* x = static_cast<const Element*>(c.linear.x) + piece.first_row * c.linear.x_stride;
-    alignas(64) float sums[linear_max_rows * linear_max_outs];
-    alignas(64) Element panel[outs_per_tile][block];
-    if (c.linear.n_in == 0) __builtin_memset(sums, 0, sizeof sums);
-    for (int64_t out = piece.first_out; out < piece.last_out; out += outs_per_tile) {
-        for (int64_t k = 0; k < c.linear.n_in; k += block) {
-            const int64_t n = c.linear.n_in - k < block ? c.linear.n_in - k : block;
-            const Element* w[outs_per_tile];
-            for (int o = 0; o < outs_per_tile; ++o) {
-                w[o] = panel[o];
-                if (out + o < piece.last_out) dequantize<S>(c, out + o, k, n, panel[o]);
-                if (out + o >= piece.last_out) w[o] = panel[0];  // sums that nobody reads
-            }
-            for (int64_t r = 0; r < n_rows; r += MaxRows) {
-                linear_tile_of<Dot, MaxRows>(n_rows - r, x + r * c.linear.x_stride + k, c.linear.x_stride, w, n, k > 0,
-                                             sums + r * linear_max_outs + (out - piece.first_out));
-            }
+template <class I, class Element>
+LLMCTL_INLINE void write_rows(const QuantizedLinear& c, const LinearPiece& piece, const float* sums) {
+    for (int64_t row = piece.first_row; row < piece.last_row; ++row, sums += linear_max_outs) {
+        write_row<typename I::Simd, Element>(c.linear, piece, row, sums);
+    }
+}
+
+// The piece in steps of at most MaxRows rows, a divisor of 16.
+template <class I, class Element, int MaxRows>
+void quantized_linear_piece(const QuantizedLinear& c, const QuantizedRows& x, const LinearPiece& piece) {
+    alignas(64) float sums[quantized_max_rows * linear_max_outs];
+    for (int64_t out = piece.first_out; out < piece.last_out; out += quantized_panel) {
+        for (int64_t row = piece.first_row; row < piece.last_row; row += MaxRows) {
+            const int64_t left = piece.last_row - row, panel = out / quantized_panel;
+            float* to = sums + (row - piece.first_row) * linear_max_outs + (out - piece.first_out);
+            if (c.bits == 4) panel_sums_of<I, 4, MaxRows>(left, c, x, row, panel, to);
+            if (c.bits == 8) panel_sums_of<I, 8, MaxRows>(left, c, x, row, panel, to);
         }
     }
-    for (int64_t r = 0; r < n_rows; ++r) {
-        write_row<S, Element>(c.linear, piece, piece.first_row + r, sums + r * linear_max_outs);
-    }
+    write_rows<I, Element>(c, piece, sums);
 }
 
 }  // namespace
