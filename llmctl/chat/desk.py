@@ -18,6 +18,8 @@ from llmctl.chat.tools.toolbox import Toolbox, named
 from llmctl.errors import CalledWrongly
 from llmctl.generation.settings import Sampling
 
+_SHARE = 4  # of the context, for one result of a tool
+
 
 class View(Protocol):
     """What the slash commands ask of whoever stands between them and a person."""
@@ -70,7 +72,9 @@ class Desk:
 
     def use_tools(self, toolbox: Toolbox | None) -> None:
         self.toolbox = toolbox
-        self.talk.tools = ToolLayer(toolbox, self.engine.tokenizer, self.approve) if toolbox else None
+        room = self.engine.room
+        limit = None if room is None else room // _SHARE
+        self.talk.tools = ToolLayer(toolbox, self.engine.tokenizer, self.approve, limit) if toolbox else None
 
     def change_sampling(self, changes: dict) -> None:
         self.talk.sampling = dataclasses.replace(self.talk.sampling, **changes)

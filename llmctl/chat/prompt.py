@@ -76,6 +76,15 @@ def defused(text: str, tokenizer: Tokenizer) -> str:
     return text
 
 
+def shortened(text: str, tokenizer: Tokenizer, n_tokens: int | None) -> str:
+    """The beginning of a text, of about so many tokens at most, and how much is left out; None is no limit."""
+    n_own = 0 if n_tokens is None else len(tokenizer.encode(text, add_special_tokens=False))
+    if n_tokens is None or n_own <= n_tokens:
+        return text
+    kept = len(text) * n_tokens // n_own
+    return f"{text[:kept]}\n[cut: {len(text) - kept:,} characters more]"
+
+
 @functools.lru_cache(maxsize=8)
 def _markup(tokenizer_json: str) -> tuple[str, ...]:
     """Texts of the tokens that were added to the vocabulary, the longest first: a tokenizer finds them before all others."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 
@@ -76,6 +75,4 @@ class RememberingModel:
             return self._cache, inputs_BT
         if inputs_BT.shape[1] > 1:
             self.next_logits(inputs_BT[:, :-1], self._cache)
-        rows = copy.deepcopy(self._cache)
-        rows.select(torch.zeros(n_rows, dtype=torch.int64, device=self.device))
-        return rows, inputs_BT[:, -1:].expand(n_rows, 1)
+        return self._cache.repeated(n_rows), inputs_BT[:, -1:].expand(n_rows, 1)

@@ -9,7 +9,7 @@ from llmctl.chat.choosing import Chooser
 from llmctl.chat.conversation import Conversation
 from llmctl.chat.engine import Answer, ContextFull, Engine
 from llmctl.chat.events import Called, Done, Event, Found, Piece, Remark
-from llmctl.chat.prompt import defused
+from llmctl.chat.prompt import defused, shortened
 from llmctl.chat.tool_turns import ToolLayer
 from llmctl.generation.settings import DEFAULTS, Sampling
 from llmctl.retrieval.quoting import question_with
@@ -101,7 +101,10 @@ class Talk:
         if self.index is not None:
             passages = self.index.search(question, self.n_passages)
             yield Found(passages)
-        sources = [(name, text) for name, text in attached] + [(passage.source, passage.text) for passage in passages]
+        room = self.engine.room  # half of it for passages
+        limit = None if room is None else room // (2 * self.n_passages)
+        found = [(passage.source, shortened(passage.text, self.engine.tokenizer, limit)) for passage in passages]
+        sources = [*attached, *found]
         sources = [(name, defused(text, self.engine.tokenizer)) for name, text in sources]
         self.from_elsewhere += [text for _, text in sources]
         if sources:

@@ -12,21 +12,24 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 
 from llmctl.chat.events import Called
-from llmctl.chat.prompt import defused
+from llmctl.chat.prompt import defused, shortened
 from llmctl.chat.tools import calls
 from llmctl.chat.tools.toolbox import Call, Toolbox
 from llmctl.tokenizer import Tokenizer
 
 REFUSED = "refused by the user"
-Approve = Callable[[Call, str | None], bool]
-"""Asked with a call before it is run (result None) where it reaches out, and with its result before the model gets it."""
+Approve = Callable[[Call, str | None, bool], bool]
+"""Asked with a call before it is run (result None) where it reaches out, and with its result before the model gets it.
+
+The last argument says that there is text from elsewhere in the conversation, which may have led to the call.
+"""
 
 
 class ToolLayer:
-    """`approve` is None where there is nobody to ask."""
+    """`approve` is None where there is nobody to ask. A result has `max_tokens` at most, None for no limit."""
 
-    def __init__(self, toolbox: Toolbox, tokenizer: Tokenizer, approve: Approve | None):
-        self.toolbox, self.tokenizer, self.approve = toolbox, tokenizer, approve
+    def __init__(self, toolbox: Toolbox, tokenizer: Tokenizer, approve: Approve | None, max_tokens: int | None = None):
+        self.toolbox, self.tokenizer, self.approve, self.max_tokens = toolbox, tokenizer, approve, max_tokens
         markup = "".join(token["content"] for token in json.loads(tokenizer.json).get("added_tokens") or [])
         self.format = calls.format_of(_tool_template(tokenizer), markup)
         self._n_calls = 0
@@ -65,10 +68,11 @@ class ToolLayer:
         reaches_out = tool is not None and tool.reaches_out and self.toolbox.problem(call) is None
         if reaches_out and self.approve is None and from_elsewhere:
             return Called(call, "error: not run: there is text from elsewhere here, and nobody to agree", True)
-        if reaches_out and self.approve is not None and not self.approve(call, None):
+        is_tainted = bool(from_elsewhere)
+        if reaches_out and self.approve is not None and not self.approve(call, None, is_tainted):
             return Called(call, REFUSED, False)
-        result = self.toolbox.run(call)
-        return Called(call, result, self.approve is None or self.approve(call, result))
+        result = shortened(self.toolbox.run(call), self.tokenizer, self.max_tokens)
+        return Called(call, result, self.approve is None or self.approve(call, result, is_tainted))
 
 
 def _tool_template(tokenizer: Tokenizer) -> str:
@@ -82,7 +86,7 @@ def _is_quoted(call: Call, text: str) -> bool:
     """Whether a text holds the call: its name, and every argument word for word, whatever stands between them."""
     plain = _squeezed(text)
     values = [value if isinstance(value, str) else json.dumps(value) for value in call.arguments.values()]
-    if not call.name or not values or _squeezed(call.name) not in plain:
+    if not call.name or _squeezed(call.name) not in plain:
         return False
     return all(_squeezed(value) in plain for value in values)
 

@@ -81,10 +81,12 @@ class Terminal:
             if len(found) == 1:
                 return found[0]
 
-    def approve(self, call: Call, result: str | None) -> bool:
+    def approve(self, call: Call, result: str | None, is_tainted: bool) -> bool:
         """Ask about a call before it runs, and about its result before the model reads it."""
         if result is None:
             self.say(f"the model asks for {call}")
+            if is_tainted:
+                self.say("documents are in this conversation: is this what you want, or what one of them wants?")
             return self.pick("run it?", ["yes", "no"]) == "yes"
         shown = result if len(result) <= _SHOWN_RESULT else f"{result[:_SHOWN_RESULT]}… ({len(result)} characters)"
         self.say(f"{call} gives\n{shown}")

@@ -25,7 +25,7 @@ def _stem(word: str) -> str:
     """Step 1a of Porter's stemmer (1980) and the commonest of its other endings."""
     if len(word) <= 3 or not word.isascii():
         return word
-    for ending, instead in (("sses", "ss"), ("ies", "i"), ("ing", ""), ("ed", ""), ("ly", "")):
+    for ending, instead in (("sses", "ss"), ("ies", "y"), ("ing", ""), ("ed", ""), ("ly", "")):
         if word.endswith(ending) and len(word) - len(ending) >= 3:
             return _undoubled(word[: -len(ending)] + instead)
     return word[:-1] if word[-1] == "s" and word[-2] != "s" else word.removesuffix("e") if len(word) > 4 else word

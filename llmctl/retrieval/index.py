@@ -39,9 +39,15 @@ class Index:
     """`embedder` is the identity of the model that made `vectors_ND` (float32, of length 1), None for words alone."""
 
     def __init__(
-        self, directory: Path, files: dict[str, str], passages: list[Passage], embedder: str | None, vectors_ND
+        self,
+        directory: Path,
+        files: dict[str, str],
+        passages: list[Passage],
+        embedder: str | None,
+        vectors_ND: np.ndarray,
+        characters: int,
     ):
-        self.directory, self.files, self.passages = directory, files, passages
+        self.directory, self.files, self.passages, self.characters = directory, files, passages, characters
         self.embedder, self.vectors_ND = embedder, vectors_ND
         self.vectorizer: Vectorizer | None = None
         self._bm25: Bm25 | None = None
@@ -91,6 +97,7 @@ class Index:
         header = {
             "version": _VERSION,
             "embedder": self.embedder,
+            "characters": self.characters,
             "files": self.files,
             "passages": [[p.path, p.first, p.last, p.text] for p in self.passages],
         }
@@ -104,12 +111,13 @@ def update(
     directory: str | os.PathLike,
     embed_model: str | os.PathLike | None = None,
     rebuild: bool = False,
-    characters: int = PASSAGE_CHARACTERS,
+    characters: int | None = None,
     report: Callable[[int], None] = lambda n: None,
 ) -> Changes:
     """Build the index of a directory, or bring it up to date: only files whose content changed are read into it again.
 
-    `report` gets the number of passages embedded so far. Raises `UserError` for an index of another embedding model
+    `characters` bound a passage; None is as the index was built. `report` gets the number of passages embedded so far.
+    Raises `UserError` for an index of another embedding model
     unless it is to be rebuilt.
     """
     directory = Path(directory)
@@ -119,6 +127,25 @@ def update(
     if old is not None:
         old._expect(embed_model)
     before = old.files if old else {}
+    characters = characters or (old.characters if old else PASSAGE_CHARACTERS)
+    files, fresh, n_skipped = _changed(directory, before, characters)
+    new = [passage for passages in fresh.values() for passage in passages]
+    is_kept = [passage.path in files and passage.path not in fresh for passage in (old.passages if old else ())]
+    passages = [passage for passage, stays in zip(old.passages if old else (), is_kept) if stays] + new
+    vectors_ND = np.zeros((0, 0), np.float32)
+    if embed_model is not None:
+        found_MD = Vectorizer(embed_model).vectors([passage.text for passage in new], report)
+        vectors_ND = np.concatenate([old.vectors_ND[np.array(is_kept)], found_MD]) if any(is_kept) else found_MD
+    if old is None or files != before:
+        embedder = None if embed_model is None else identity(embed_model)
+        Index(directory, files, passages, embedder, vectors_ND, characters)._save()
+    n_changed, n_removed = len(before.keys() & fresh.keys()), len(before.keys() - files.keys())
+    n_added = len(fresh) - n_changed
+    return Changes(n_added, n_changed, n_removed, len(files) - len(fresh), n_skipped, len(passages))
+
+
+def _changed(directory: Path, before: dict[str, str], characters: int) -> tuple[dict, dict[str, list[Passage]], int]:
+    """(the identity of every text file, passages of those that are not as before, number of files that are no text)."""
     files, fresh, n_skipped = {}, {}, 0
     for path in text_files(directory):
         text, name = read_text(path), str(path.relative_to(directory))
@@ -128,21 +155,7 @@ def update(
         files[name] = f"{hashlib.sha256(text.encode()).hexdigest()[:32]}-{characters}"
         if before.get(name) != files[name]:
             fresh[name] = split(name, text, characters)
-    kept = (
-        [i for i, passage in enumerate(old.passages) if passage.path in files and passage.path not in fresh]
-        if old
-        else []
-    )
-    new = [passage for passages in fresh.values() for passage in passages]
-    vectors_ND = old.vectors_ND[kept] if old else np.zeros((0, 0), np.float32)
-    if embed_model is not None:
-        found_MD = Vectorizer(embed_model).vectors([passage.text for passage in new], report)
-        vectors_ND = np.concatenate([vectors_ND.reshape(-1, found_MD.shape[1]), found_MD])
-    passages = [old.passages[i] for i in kept] + new if old else new
-    Index(directory, files, passages, None if embed_model is None else identity(embed_model), vectors_ND)._save()
-    n_changed, n_removed = len(before.keys() & fresh.keys()), len(before.keys() - files.keys())
-    n_added = len(fresh) - n_changed
-    return Changes(n_added, n_changed, n_removed, len(files) - len(fresh), n_skipped, len(passages))
+    return files, fresh, n_skipped
 
 
 def _read(directory: Path) -> Index | None:
@@ -161,7 +174,7 @@ def _read(directory: Path) -> Index | None:
         passages = [Passage(*row) for row in header["passages"]]
         if header["embedder"] is not None and len(vectors_ND) != len(passages):
             raise ValueError("its vectors are not those of its passages")
-        return Index(directory, header["files"], passages, header["embedder"], vectors_ND)
+        return Index(directory, header["files"], passages, header["embedder"], vectors_ND, header["characters"])
     except (ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(
             f"{path}: no index that can be read ({error})", hint=f"llmctl index {directory} --rebuild makes it anew"
