@@ -29,8 +29,12 @@ class TextClassifier:
         batch_size: int = 32,
         on_long: Literal["error", "truncate"] = "error",
         name: str = "the model",
+        literal: bool = True,
     ):
-        """Raises UserError for a model that is no classifier."""
+        """`literal` False is for chats as a template renders them, with their special tokens and BOS in the text.
+
+        Raises UserError for a model that is no classifier.
+        """
         config = model.config
         if config.classifier is None:
             raise UserError(
@@ -41,7 +45,7 @@ class TextClassifier:
         encoder = DraftEncoder(tokenizer)
 
         def encode(text: str) -> list[int]:
-            return encoder.encode([Draft(text, [], edges=True, literal=True)])[0].ids.tolist()
+            return encoder.encode([Draft(text, [], edges=literal, literal=literal)])[0].ids.tolist()
 
         self._batches = TextBatches(tokenizer, encode, config.max_positions, batch_size, on_long)
 

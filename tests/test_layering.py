@@ -14,7 +14,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "llmctl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # The modules that speak with a person; everything else is the library.
-FRONT = {"cli", "options", "ui", "failures", "command_line", "flag_sources", "reports", "chat_view", "__main__"}
+FRONT = {"cli", "options", "ui", "failures", "command_line", "flag_sources", "reports", "chat_view", "result_tables"}
+FRONT |= {"__main__"}
 HEAVY = {
     "torch",
     "numpy",

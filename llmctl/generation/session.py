@@ -61,9 +61,13 @@ class Session:
         `adapters` and `force` are those of `Assembly.find`.
         """
         assembly = Assembly.find(path, adapters, force)
-        generation_config = read_generation_config(assembly.generation_config_directory)
         tokenizer = assembly.tokenizer()
-        model = assembly.load(dtype, choose_device(device))
+        return cls.of(assembly.load(dtype, choose_device(device)), tokenizer, assembly.generation_config_directory)
+
+    @classmethod
+    def of(cls, model: CausalLM, tokenizer: Tokenizer, generation_config_directory: str | os.PathLike) -> Session:
+        """Of what has been loaded; the directory may hold a generation_config.json."""
+        generation_config = read_generation_config(generation_config_directory)
         recommended = sampling_from(generation_config, has_source=model.config.encoder is not None)
         return cls(model, tokenizer, recommended, marks_of(model, tokenizer, generation_config))
 

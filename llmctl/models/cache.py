@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,6 +93,22 @@ class Cache:
         if self.memory is not None:
             self.memory.select(rows)
 
+    def branch(self, rows: torch.Tensor) -> Cache:
+        """A copy that holds these rows (one may come several times) and goes its own way; this one stays as it is."""
+        other = copy.copy(self)
+        other.layers, other.memory = [copy.copy(entry) for entry in self.layers], copy.copy(self.memory)
+        other.select(rows)
+        return other
+
+    def begin_with(self, prefix: Cache, length: int, counts: Sequence[int]) -> None:
+        """Let this fresh cache hold `length` positions, of which row b's last `counts[b]` are the first of `prefix`.
+
+        `prefix` has one row without padding, and layers of keys and values only.
+        """
+        for entry, source in zip(self.layers, prefix.layers, strict=True):
+            entry.copy_from(source, length, counts)
+        self.length = length
+
 
 class KeyValues:
     """Keys and values, preallocated: [B, G, capacity, K] twice."""
@@ -117,6 +134,12 @@ class KeyValues:
     def grow(self, capacity: int) -> None:
         more = (0, 0, 0, capacity - self.keys.shape[2])
         self.keys, self.values = (torch.nn.functional.pad(each, more) for each in (self.keys, self.values))
+
+    def copy_from(self, other: KeyValues, end: int, counts: Sequence[int]) -> None:
+        """Row b's entries up to `end` are the first `counts[b]` of the one row of `other`."""
+        for row, count in enumerate(counts):
+            self.keys[row, :, end - count : end] = other.keys[0, :, :count]
+            self.values[row, :, end - count : end] = other.values[0, :, :count]
 
     def select(self, rows: torch.Tensor) -> None:
         self.keys, self.values = self.keys[rows], self.values[rows]

@@ -1,0 +1,112 @@
+"""Log-likelihoods of continuations: each context is run once, whatever follows it, and what contexts share once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llmctl.evaluate.batches import Batch, plan
+from llmctl.evaluate.shared_prefix import SharedPrefix
+from llmctl.models.cache import Cache
+from llmctl.models.causal_lm import CausalLM
+from llmctl.models.rope_scaling import heeds_length
+
+_LOGITS = 1 << 25  # so many at a time: 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Token ids: one context, and the continuations to score after it, each of at least one token."""
+
+    context: Sequence[int]
+    continuations: Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Natural log-probability of a continuation; `is_greedy` says whether each of its tokens was the likeliest."""
+
+    logprob: float
+    is_greedy: bool
+    n_tokens: int
+
+
+class LikelihoodScorer:
+    """Scores forks in batches of at most `batch_size` sequences; what it gives does not depend on their number.
+
+    `start_id` is what the decoder of an encoder-decoder reads first: there the encoder reads the context.
+    """
+
+    def __init__(self, model: CausalLM, start_id: int | None, batch_size: int = 32):
+        self.model, self.batch_size, self._start_id = model, batch_size, start_id
+        self._shared = SharedPrefix(model)
+        ropes = (getattr(block.mixer, "rope", None) for block in model.config.blocks)
+        self._reads_whole = any(rope is not None and heeds_length(rope) for rope in ropes)
+
+    def score(self, forks: Sequence[Fork]) -> Iterator[tuple[int, list[Likelihood]]]:
+        """The number of each fork with the likelihoods of its continuations, as soon as they are there: in any order."""
+        if self._reads_whole:
+            for number, fork in enumerate(forks):
+                yield number, [self._run(Batch([0]), [Fork(fork.context, [each])])[0][0] for each in fork.continuations]
+            return
+        for batch in plan([fork.context for fork in forks], self.batch_size, self._shared.is_possible):
+            yield from zip(batch.numbers, self._run(batch, [forks[number] for number in batch.numbers]), strict=True)
+
+    @torch.inference_mode()
+    def _run(self, batch: Batch, forks: list[Fork]) -> list[list[Likelihood]]:
+        cache, logits_BV = self._read_contexts(batch.shared, forks)
+        pairs = [(row, ids) for row, fork in enumerate(forks) for ids in fork.continuations]
+        rows = torch.tensor([row for row, _ in pairs], device=logits_BV.device)
+        firsts = torch.tensor([ids[0] for _, ids in pairs], device=logits_BV.device)
+        chosen = logits_BV[rows, firsts] - logits_BV.logsumexp(1)[rows]
+        logprobs, hits = chosen.cpu(), (logits_BV.argmax(1)[rows] == firsts).cpu()
+        sums, greedy = logprobs.double().tolist(), hits.tolist()
+        longer = sorted((i for i, (_, ids) in enumerate(pairs) if len(ids) > 1), key=lambda i: -len(pairs[i][1]))
+        for at in range(0, len(longer), self.batch_size):
+            chosen = longer[at : at + self.batch_size]
+            rest = self._rate_rest(cache, [pairs[i] for i in chosen])
+            for i, (logprob, is_greedy) in zip(chosen, rest, strict=True):
+                sums[i] += logprob
+                greedy[i] = greedy[i] and is_greedy
+        scored = iter(zip(sums, greedy, pairs, strict=True))
+        return [
+            [Likelihood(logprob, bool(hit), len(ids)) for logprob, hit, (_, ids) in (next(scored) for _ in each)]
+            for each in (fork.continuations for fork in forks)
+        ]
+
+    def _read_contexts(self, shared: Sequence[int], forks: list[Fork]) -> tuple[Cache, torch.Tensor]:
+        """A cache that holds every context, right-aligned, and the logits at the end of each, float32 [B, V]."""
+        contexts = [fork.context for fork in forks]
+        longest = max(len(ids) for fork in forks for ids in fork.continuations)
+        continued = [self.model.continued(ids, self._start_id) for ids in contexts]
+        cache, inputs_BT = self._shared.begin(shared, contexts, continued, longest)
+        return cache, self.model.next_logits(inputs_BT, cache).float()
+
+    def _rate_rest(self, cache: Cache, pairs: list[tuple[int, Sequence[int]]]) -> list[tuple[float, bool]]:
+        """Of the tokens behind the first one of each continuation: the sum of their log-probabilities, and all likeliest."""
+        device, length = self.model.device, max(len(ids) for _, ids in pairs) - 1
+        rows = torch.tensor([row for row, _ in pairs], device=device)
+        # Padding stands behind, where no real token sees it.
+        inputs_BT = torch.tensor([[*ids[:-1], *[0] * (length + 1 - len(ids))] for _, ids in pairs], device=device)
+        hidden_BTD = self.model.hidden(inputs_BT, cache=cache.branch(rows))
+        counts = [len(ids) - 1 for _, ids in pairs]
+        is_real_BT = torch.arange(length, device=device) < torch.tensor(counts, device=device)[:, None]
+        targets_N = torch.tensor([token for _, ids in pairs for token in ids[1:]], device=device)
+        logprobs_N, hits_N = self._rate(hidden_BTD[is_real_BT], targets_N)
+        return [
+            (float(logprobs.double().sum()), bool(hits.all()))
+            for logprobs, hits in zip(logprobs_N.split(counts), hits_N.split(counts), strict=True)
+        ]
+
+    def _rate(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float32 log-probabilities [N] of the targets on the CPU, and whether each is the likeliest token."""
+        step = max(1, _LOGITS // self.model.config.vocab_size)
+        found = []
+        for hidden, targets in zip(hidden_ND.split(step), targets_N.split(step), strict=True):
+            logits_NV = self.model.logits(hidden[None])[0].float()
+            chosen_N = logits_NV.gather(1, targets[:, None])[:, 0]
+            found.append((chosen_N - logits_NV.logsumexp(1), logits_NV.argmax(1) == targets))
+        logprobs, hits = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+        return logprobs, hits

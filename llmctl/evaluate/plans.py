@@ -1,0 +1,44 @@
+"""Which tasks a call of `llmctl eval` names, and the data of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from llmctl.errors import CalledWrongly
+from llmctl.evaluate import perplexity, task
+from llmctl.evaluate.settings import Asked
+from llmctl.evaluate.task import Task
+
+
+def tasks_of(asked: Asked, files: Sequence[str]) -> list[Task]:
+    """The tasks of --task; without any, the perplexity of the files. Raises CalledWrongly for what cannot be meant."""
+    if asked.suite or asked.harness:
+        if asked.suite and (asked.task or asked.harness):
+            raise CalledWrongly("--suite runs by itself", hint="run it apart from --task and --harness")
+        return []
+    words = asked.task or ("perplexity",)
+    found = [_find(word) for word in words]
+    if len({each.name for each in found}) < len(found):
+        raise CalledWrongly("a task is named twice")
+    lacking = [number for number, each in enumerate(found) if each.data is None]
+    if not files:
+        return found
+    if len(lacking) != 1 and len(found) != 1:
+        raise CalledWrongly(
+            f"{len(lacking)} tasks need data: which does {files[0]} belong to?", hint="--task NAME=DATA says it"
+        )
+    place = lacking[0] if lacking else 0
+    if found[place].kind != "perplexity" and len(files) > 1:
+        raise CalledWrongly(
+            f"{found[place].name} reads one file, got {len(files)}", hint="a directory may hold several"
+        )
+    found[place] = dataclasses.replace(found[place], data="\n".join(files))
+    return found
+
+
+def _find(word: str) -> Task:
+    name, _, data = word.partition("=")
+    if name == "perplexity":
+        return dataclasses.replace(perplexity.TASK, data=data or None)
+    return task.find(word)
