@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -60,19 +60,28 @@ def probe_ids(tokenizer: Tokenizer | None, vocab_size: int) -> torch.Tensor:
 def measure(before: Logits, after: Logits, ids_BT: torch.Tensor) -> Agreement:
     """Compare two functions from ids [B, T] to logits [B, T, V]."""
     first_BTV, second_BTV = before(ids_BT), after(ids_BT)
-    totals = torch.stack([_compare(*row) for row in zip(first_BTV, second_BTV, ids_BT)])
+    return of_rows([compare_row(*row) for row in zip(first_BTV, second_BTV, ids_BT)])
+
+
+def of_rows(rows: Sequence[torch.Tensor]) -> Agreement:
+    """All of what `compare_row` found of rows of one length."""
+    totals = torch.stack(list(rows))
     divergence, same, nats_before, nats_after = totals[:, 1:].mean(0).tolist()
     perplexities = (math.exp(min(nats, 700.0)) for nats in (nats_before, nats_after))
     return Agreement(float(totals[:, 0].max()), max(divergence, 0.0), same, *perplexities)
 
 
-def _compare(first_TV: torch.Tensor, second_TV: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
+def compare_row(first_TV: torch.Tensor, second_TV: torch.Tensor, ids_T: torch.Tensor) -> torch.Tensor:
     """Of one row: [largest error, KL, share of equal choices, nats of the first model, of the second], float64."""
     first_TV, second_TV = first_TV.float(), second_TV.float()
     largest = (first_TV - second_TV).abs().max()
     same = (first_TV.argmax(-1) == second_TV.argmax(-1)).double().mean()
     first_TV, second_TV = first_TV.log_softmax(-1), second_TV.log_softmax(-1)
-    nats = (-logprobs_TV[:-1].gather(-1, ids_T[1:, None]).mean() for logprobs_TV in (first_TV, second_TV))
+    is_labels = len(first_TV) < len(ids_T)  # of a classifier, which predicts no tokens
+    nats = (
+        first_TV.new_zeros(()) if is_labels else -logprobs_TV[:-1].gather(-1, ids_T[1:, None]).mean()
+        for logprobs_TV in (first_TV, second_TV)
+    )
     return torch.stack([value.double() for value in (largest, _divergence(first_TV, second_TV), same, *nats)])
 
 

@@ -21,6 +21,7 @@ from llmctl.models.config import parameter_count, sizes
 from llmctl.models.ffn import has_experts
 from llmctl.models.loading import new_empty, stored_config
 from llmctl.quantities import format_count, format_size
+from llmctl.quantize.stored import open_weights
 from llmctl.streams import read_stream
 from llmctl.tokenizer import Tokenizer
 
@@ -85,6 +86,7 @@ def _inspect_checkpoint(path: Path, check_files: bool) -> Iterator[dict[str, Any
         "path": str(path.resolve()),
         **_describe_model(path),
         **_describe_storage(stored),
+        "quantization": _describe_quantization(path),
         "tokenizer": _describe_tokenizer(path),
         "lineage": history and {key: value for key, value in vars(history).items() if key != "files"},
         "files_checked": len(history.files) if history and check_files else None,
@@ -140,6 +142,19 @@ def _describe_storage(stored: TensorFiles) -> dict[str, Any]:
     for name in stored:
         dtypes[stored.dtype_name(name)] += stored.nbytes(name)
     return {"tensors": len(stored), "bytes": sum(dtypes.values()), "bytes_per_dtype": dict(dtypes)}
+
+
+def _describe_quantization(path: Path) -> dict[str, Any] | None:
+    """Who packed how many matrices, in how many bits; None for an ordinary checkpoint."""
+    said = read_json(path / "config.json").get("quantization_config")
+    if not said:
+        return None
+    try:
+        stored = open_weights(path)
+        bits = [bits for name in stored if (bits := stored.bits(name)) is not None]
+    except UserError as error:
+        return {"method": said.get("quant_method"), "unsupported": error.message}
+    return {"method": said.get("quant_method"), "matrices": len(bits), "bits": sorted(set(bits))}
 
 
 def _describe_tokenizer(path: Path) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from llmctl.finetune.merge_settings import MergeSettings
 from llmctl.models.config import ModelConfig
 from llmctl.models.loading import read_config
 from llmctl.models.streaming import StreamedModel
+from llmctl.quantize.stored import CONFIG_KEY, open_weights
 from llmctl.tensor_file import LazyTensor
 from llmctl.tokenization.files import has_tokenizer
 from llmctl.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ def merge(base: str | Path, adapters: Sequence[str | Path], output: str | Path, 
     weights = _weights(settings, len(adapters))
     config = read_config(base)
     changes = [AdapterChanges(path, config.family) for path in adapters]
-    stored = checkpoint.open_tensors(base)
+    stored = open_weights(base)
     for change in changes:
         refuse_strangers(change, set(stored.keys()))
         if not (settings.force or settings.unmerge):
@@ -169,8 +170,8 @@ def _copy_companions(base: Path, adapters: Sequence[Path], output: Path, untied:
             if path.is_file() and not is_weights and path.name not in own and path.suffix != ".md":
                 if source == base or path.name != "config.json":
                     shutil.copyfile(path, output / path.name)
-    if untied:
-        config = files.read_json(output / "config.json")
-        files.write_atomic(
-            output / "config.json", json.dumps({**config, "tie_word_embeddings": False}, indent=2).encode()
-        )
+    config = files.read_json(output / "config.json")
+    is_quantized = config.pop(CONFIG_KEY, None) is not None  # what was merged into it is not
+    if untied or is_quantized:
+        config |= {"tie_word_embeddings": False} if untied else {}
+        files.write_atomic(output / "config.json", json.dumps(config, indent=2).encode())

@@ -190,6 +190,18 @@ def refuse_kind(objective: str, config: ModelConfig) -> None:
         )
 
 
+def refuse_quantized(settings: FinetuneSettings, config: ModelConfig) -> None:
+    """Raise CalledWrongly where weights in few bits would have to change."""
+    if not config.hf.get("quantization_config"):
+        return
+    if settings.method in ("full", "freeze", "feature") or settings.lora_init == "pissa":
+        how = "--lora-init pissa" if settings.lora_init == "pissa" else f"--method {settings.method}"
+        raise CalledWrongly(
+            f"{how} changes or saves the base's own weights, and this base is quantized",
+            hint="--method lora leaves them as they are; llmctl quantize MODEL --format bfloat16 takes quantization back",
+        )
+
+
 def refuse_no_features(settings: FinetuneSettings, objective: str) -> None:
     """Raise CalledWrongly where a head cannot be trained on what the backbone makes of each row once."""
     if settings.method != "feature":

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llmctl.models import quantized_linear
 from llmctl.models.linear import Linear
 
 
@@ -74,11 +75,11 @@ def quantize(model: nn.Module, kind: str, double: bool) -> None:
 
 
 def matrix_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shapes of packed matrices, under the names that their weights had."""
+    """The shapes of packed matrices, those of a quantized checkpoint too, under the names that their weights had."""
     return {
         f"{name}.weight": torch.Size([module.out_features, module.in_features])
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
+        if isinstance(module, (QuantizedLinear, quantized_linear.QuantizedLinear))
     }
 
 

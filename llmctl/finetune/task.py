@@ -98,6 +98,7 @@ class Finetuning(Task):
         planning.refuse_kind(self.examples.objective, self.config)
         planning.refuse_no_features(self.settings, self.examples.objective)
         planning.refuse_extras(self.settings, self.examples.objective, self.config)
+        planning.refuse_quantized(self.settings, self.config)
         self._has_head = self.config.classifier is not None
         self._classifier = heads.classifier_for(self.examples, self.config)
         if self._classifier is not None:

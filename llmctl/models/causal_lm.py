@@ -85,7 +85,7 @@ class CausalLM(LanguageModel):
 
         `continued` is what `continued()` gave for each; shorter ones are padded on the left.
         """
-        weight = self.head_weight
+        weight = self.embed_tokens.weight
         length = max(map(len, continued))
         padding = [length - len(ids) for ids in continued]
         inputs_BT = torch.tensor([[0] * n + list(ids) for n, ids in zip(padding, continued, strict=True)])

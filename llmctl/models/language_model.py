@@ -7,9 +7,11 @@ from torch import nn
 
 from llmctl.errors import UserError
 from llmctl.models.config import ModelConfig
-from llmctl.models.head import HeadTransform, logits
+from llmctl.models.head import HeadTransform, logits, softcapped
 from llmctl.models.linear import Linear
+from llmctl.models.quantized_linear import QuantizedLinear
 from llmctl.models.transformer import Stack, embedding
+from llmctl.tensor_file import LazyTensor
 
 
 class LanguageModel(Stack):
@@ -20,6 +22,8 @@ class LanguageModel(Stack):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
+        self.quantized_tensors: dict[str, LazyTensor] = {}
+        """Of a quantized checkpoint, what holds its matrices in the file."""
         self.embed_tokens = embedding(config.vocab_size, config.d_model)
         self.head_transform = self.lm_head = self.head_bias = None
         head = config.head
@@ -52,7 +56,7 @@ class LanguageModel(Stack):
     def output_bias(self) -> torch.Tensor | None:
         """[V], added to the logits."""
         if self.config.head.bias == "fixed":
-            return self.logits_bias.to(self.head_weight.dtype)
+            return self.logits_bias.to(self.embed_tokens.weight.dtype)
         return self.head_bias if self.lm_head is None else self.lm_head.bias
 
     def reset_buffers(self) -> None:
@@ -68,7 +72,10 @@ class LanguageModel(Stack):
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, V] of hidden states. Raises UserError where the checkpoint came without a head."""
-        return logits(self.config.head, self.head_input(hidden_BTD), self.head_weight, self.output_bias)
+        x_BTD = self.head_input(hidden_BTD)
+        if isinstance(self.lm_head, QuantizedLinear):  # its matrix is not unpacked
+            return softcapped(self.config.head, self.lm_head(x_BTD))
+        return logits(self.config.head, x_BTD, self.head_weight, self.output_bias)
 
     def head_input(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """What meets the vocabulary matrix: the hidden states, transformed and scaled as the head says."""

@@ -16,9 +16,12 @@ from llmctl.models import config_classifier, families, weights
 from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import Classifier, ModelConfig
 from llmctl.models.language_model import LanguageModel
+from llmctl.models.linear import Linear
 from llmctl.models.masked_lm import MaskedLM
+from llmctl.models.quantized_linear import QuantizedLinear
 from llmctl.models.seq2seq_lm import Seq2SeqLM
 from llmctl.models.sequence_classifier import CausalClassifier, MaskedClassifier
+from llmctl.quantize.stored import open_weights
 
 SUPERSEDED = ("rope_parameters",)
 """Spellings of transformers 5 for what we write as every release reads it; both together would contradict each other."""
@@ -52,7 +55,7 @@ def stored_config(path: str | Path) -> ModelConfig:
     A base model's config does not differ from that of the whole one. transformers 5 calls the head of every T5 tied, and
     stores beside the embedding those that are not.
     """
-    config, stored = read_config(path), checkpoint.open_tensors(path)
+    config, stored = read_config(path), open_weights(path)
     if weights.lacks_head(families.find(config.family), config, stored.keys()):
         return dataclasses.replace(config, head=None)
     names = dict.fromkeys(("embed_tokens.weight", "lm_head.weight"), torch.Size([config.vocab_size, config.d_model]))
@@ -81,9 +84,10 @@ def load_model(
 
     `dtype` None keeps what the file has. A file without any tensor of a head gives a base model (its config's head is
     None). With `classifier` that takes the place of the file's head, float32 and fresh for the `seed` as far as the file
-    does not have it. Raises UserError where the weights and config.json disagree.
+    does not have it. Matrices of a quantized checkpoint stay in few bits, as `QuantizedLinear`. Raises UserError where the
+    weights and config.json disagree.
     """
-    stored = checkpoint.open_tensors(path)
+    stored = open_weights(path)
     config = stored_config(path)
     if classifier is not None:
         config = config.classifying(classifier)
@@ -93,13 +97,43 @@ def load_model(
     reset_buffers(model)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     buffers = dict(model.named_buffers())
+    placed = _place_quantized(model, stored, dtype, device)
+    available = [name for name in stored if name not in placed]
     optional = {*buffers, *(() if classifier is None else _fresh_head(model, seed))}
-    for name, tensor in weights.load_tensors(family, _shapes(model), stored.keys(), stored.get, optional=optional):
+    for name, tensor in weights.load_tensors(family, _shapes(model), available, stored.get, optional=optional):
         if name in buffers:
             _assign(model, name, tensor.to(device=device))
         else:
             _assign(model, name, _parameter(tensor.to(device=device, dtype=dtype)))
     return model.eval()
+
+
+def _place_quantized(model: LanguageModel, stored, dtype: torch.dtype | None, device) -> set[str]:
+    """Put `QuantizedLinear`s in the place of those whose matrices are stored in few bits; the names of these in the file."""
+    packed = getattr(stored, "packed", None)
+    if packed is None:
+        return set()
+    placed, last = set(), (None, None)
+    for name, source in weights.sources(families.find(model.config.family), _shapes(model), stored.keys()).items():
+        owner, _, leaf = name.rpartition(".")
+        linear = model.get_submodule(owner)
+        if leaf != "weight" or not isinstance(linear, Linear):
+            continue
+        if source.theirs != last[0]:  # several of ours may be parts of one
+            last = source.theirs, packed(source.theirs)
+        if last[1] is None:
+            continue
+        expected = (sum(source.sizes), linear.in_features)
+        if last[1].shape != expected:
+            raise UserError(f"{source.theirs} has shape {list(last[1].shape)}; config.json says {list(expected)}")
+        first = sum(source.sizes[: source.part])
+        part = last[1] if len(source.sizes) == 1 else last[1].part(first, first + source.sizes[source.part])
+        layer = QuantizedLinear(part.to(device or "cpu"), linear.bias, dtype or stored.dtype(source.theirs))
+        _assign(model, owner, layer)
+        placed.add(source.theirs)
+    if placed:
+        model.quantized_tensors = stored.parts()
+    return placed
 
 
 def _fresh_head(model: LanguageModel, seed: int) -> list[str]:
@@ -146,7 +180,7 @@ def save_model(model: LanguageModel, directory: str | Path) -> None:
     tensors = stored_tensors(model)
     dtype = next(model.parameters()).dtype
     write_config(model.config, dtype, directory)
-    checkpoint.save_tensors(directory, hf_tensors(model.config, tensors))
+    checkpoint.save_tensors(directory, {**hf_tensors(model.config, tensors), **model.quantized_tensors})
 
 
 def write_config(config: ModelConfig, dtype: torch.dtype, directory: str | Path) -> None:

@@ -5,17 +5,18 @@ The memory of a forward pass is then one matrix and the activations, whatever th
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from llmctl import checkpoint
 from llmctl.models import families, weights
 from llmctl.models.head import logits
-from llmctl.models.loading import new_empty, read_config, reset_buffers
+from llmctl.models.loading import new_empty, reset_buffers, stored_config
+from llmctl.quantize.stored import open_weights
 
 HEAD_ROWS = 4096
 """Rows of the vocabulary matrix in memory at a time."""
@@ -36,9 +37,10 @@ class StreamedModel:
         replaced: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
         head_VD: torch.Tensor | None = None,
     ):
-        self.config, self.dtype, self._replaced = read_config(path), dtype, replaced
+        self.config, self.dtype, self._replaced = stored_config(path), dtype, replaced
         self._head_VD = head_VD
-        self._files = checkpoint.open_tensors(path)
+        self._files = open_weights(path)
+        self._held: set[str] = set()
         with torch.device("meta"):
             self.model = new_empty(self.config).eval()
         reset_buffers(self.model)
@@ -49,19 +51,59 @@ class StreamedModel:
         for name, module in list(self.model.named_modules()):
             self._stream(name, module)
 
+    def names(self) -> list[str]:
+        """Of the file's tensors, unquantized."""
+        return list(self._files)
+
     @torch.no_grad()
     def logits(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
-        """[B, T, V]"""
-        hidden_BTD = self.model.head_input(self.model.hidden(input_ids_BT))
+        """[B, T, V]; of a classifier [B, 1, labels]. An encoder-decoder reads the ids and writes them again."""
+        if self.config.classifier is not None:
+            return self.model(input_ids_BT)[:, None]
+        return self.head(self.hidden(input_ids_BT))
+
+    @torch.no_grad()
+    def hidden(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """What the head reads, [B, T, D]."""
+        if self.config.encoder is None:
+            return self.model.hidden(input_ids_BT)
+        return self.model.hidden(input_ids_BT, memory=self.model.encode(input_ids_BT))
+
+    @torch.no_grad()
+    def head(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """[B, T, V] of `hidden`; of a base model the hidden states themselves."""
+        if self.config.head is None:
+            return hidden_BTD
+        hidden_BTD = self.model.head_input(hidden_BTD)
         name = "embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"
         bias = next((source for source in ("head_bias", "lm_head.bias") if source in self._sources), None)
-        bias_V = None if bias is None else self._read(bias)
+        bias_V = None if bias is None else self.read(bias)
         parts = []
         for first in range(0, self.config.vocab_size, HEAD_ROWS):
             rows = slice(first, first + HEAD_ROWS)
             weight_VD = self._rows(name, rows) if self._head_VD is None else self._head_VD[rows].to(self.dtype)
             parts.append(logits(self.config.head, hidden_BTD, weight_VD, None if bias_V is None else bias_V[rows]))
         return torch.cat(parts, -1)
+
+    @contextlib.contextmanager
+    def holding(self, module: nn.Module) -> Iterator[None]:
+        """Keep all weights of one module in memory, where they may be changed, while the block runs."""
+        inside = {id(part) for part in module.modules()}
+        held = {name: part for name, part in self.model.named_modules() if id(part) in inside}
+        parameters = {}
+        for name, part in held.items():
+            for leaf in part._parameters:
+                source = re.sub(r"\.base(?=\.|$)", "", f"{name}.{leaf}")
+                if source in self._sources:
+                    parameters[name, leaf] = part._parameters[leaf]
+                    part._parameters[leaf] = nn.Parameter(self.read(source), requires_grad=False)
+        self._held |= set(held)
+        try:
+            yield
+        finally:
+            self._held -= set(held)
+            for (name, leaf), parameter in parameters.items():
+                held[name]._parameters[leaf] = parameter
 
     def _stream(self, prefix: str, module: nn.Module) -> None:
         """Read the module's own parameters when it, or what is wrapped around it, runs."""
@@ -72,13 +114,20 @@ class StreamedModel:
             return
 
         def read(*_):
+            if prefix in self._held:
+                return
             for name, source in sources.items():
-                module._parameters[name] = nn.Parameter(self._read(source), requires_grad=False)
+                module._parameters[name] = nn.Parameter(self.read(source), requires_grad=False)
 
         def forget(*_):
+            if prefix in self._held:
+                return
             for name in sources:
                 module._parameters[name] = nn.Parameter(module._parameters[name].to("meta"), requires_grad=False)
 
+        if prefix.endswith("embed_types"):  # a few rows, which the stack takes without asking the module
+            read()
+            return
         if isinstance(module, nn.Embedding):  # few of its rows are used
             source = next(iter(sources.values()))
             module.forward = lambda ids_BT: self._embedded(source, ids_BT)
@@ -87,17 +136,18 @@ class StreamedModel:
         outermost.register_forward_pre_hook(read)
         outermost.register_forward_hook(forget)
 
-    def _read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter of ours."""
         source = self._sources[name]
         tensor = self._files.copy(source.theirs)
         return source.cut(tensor if self._replaced is None else self._replaced(source.theirs, tensor)).to(self.dtype)
 
     def _rows(self, name: str, rows: slice) -> torch.Tensor:
         if self._replaced is not None:
-            return self._read(name)[rows]
+            return self.read(name)[rows]
         return self._files.copy(self._sources[name].theirs, rows).to(self.dtype)
 
     def _embedded(self, name: str, ids_BT: torch.Tensor) -> torch.Tensor:
         """Rows of the mapped file: few of its pages are touched."""
-        table = self._files.get(self._sources[name].theirs) if self._replaced is None else self._read(name)
+        table = self._files.get(self._sources[name].theirs) if self._replaced is None else self.read(name)
         return table[ids_BT].to(self.dtype)

@@ -68,6 +68,11 @@ def _model_config(settings: PretrainSettings, tokenizer, n_tokens: int, device: 
     special = {key: value for key, value in special.items() if value is not None}
     if settings.init_from:
         config = stored_config(settings.init_from)
+        if config.hf.get("quantization_config"):
+            raise UserError(
+                f"{settings.init_from}: quantized weights cannot be trained",
+                hint="llmctl quantize MODEL --format bfloat16 takes quantization back; finetune trains adapters beside them",
+            )
     elif settings.model_config:
         config = _config_file(settings.model_config, {"vocab_size": tokenizer.vocab_size, **special})
     elif settings.preset:

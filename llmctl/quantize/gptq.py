@@ -1,0 +1,158 @@
+"""GPTQ (arXiv:2210.17323): columns are rounded one after another, and those to come make up for the error so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from llmctl.errors import UserError
+from llmctl.models.packed import AffineWeight
+from llmctl.quantize import rounding, storage
+from llmctl.quantize.hessian import Hessians
+from llmctl.quantize.layerwise import Layer, Layerwise
+from llmctl.quantize.layouts import compressed_tensors
+from llmctl.quantize.matrices import Matrix
+from llmctl.quantize.scheme import Scheme
+from llmctl.quantize.settings import QuantizeSettings
+from llmctl.quantize.spool import Spool
+
+BLOCK = 128
+"""Columns whose errors are gathered before the others are changed."""
+ATTEMPTS = 4
+
+
+def solve(
+    weight_NK: torch.Tensor,
+    hessian_KK: torch.Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    act_order: bool = True,
+    damping: float = 0.01,
+) -> AffineWeight:
+    """Codes of a matrix (float32) whose inputs have the second moments `hessian_KK` (float32, any factor).
+
+    Groups keep their own columns and have their scales (of `dtype`) from the start, so that with `act_order`, columns of
+    large inputs first, the result looks no different. Raises UserError where the moments cannot be inverted.
+    """
+    importance_K = hessian_KK.diagonal().clone()
+    scales_NJ, zeros_NJ = rounding.scales_and_zeros(weight_NK, scheme, dtype, importance_K)
+    n_in, size = weight_NK.shape[1], scheme.size(weight_NK.shape[1])
+    order = importance_K.argsort(descending=True) if act_order else torch.arange(n_in)
+    middle_NJ = torch.full_like(scales_NJ, 1 << (scheme.bits - 1)) if zeros_NJ is None else zeros_NJ
+    groups = order // size
+    codes_NK = _column_by_column(
+        weight_NK[:, order],
+        _inverse_root(hessian_KK[order][:, order], damping),
+        scales_NJ[:, groups],
+        middle_NJ[:, groups],
+        (1 << scheme.bits) - 1,
+    )
+    zeros_NJ = None if zeros_NJ is None else zeros_NJ.to(torch.uint8)
+    return AffineWeight(codes_NK[:, order.argsort()].contiguous(), scales_NJ.to(dtype), zeros_NJ, scheme.bits, size)
+
+
+def _inverse_root(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
+    """Upper triangular U with U^T U = (H + damping mean(diag H))^-1; inputs that are always 0 stand alone."""
+    hessian_KK = hessian_KK.clone()
+    diagonal = hessian_KK.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    mean = diagonal.mean()
+    for _ in range(ATTEMPTS):
+        diagonal += damping * mean
+        lower, failed = torch.linalg.cholesky_ex(hessian_KK)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping *= 10
+    raise UserError(
+        "the inputs of a matrix are too much alike for gptq on this calibration text",
+        hint="give more text, or a larger --damping",
+    )
+
+
+def _column_by_column(
+    weight_NK: torch.Tensor, upper_KK: torch.Tensor, scales_NK: torch.Tensor, zeros_NK: torch.Tensor, top: int
+) -> torch.Tensor:
+    """uint8 codes [N, K]; `weight_NK` is used up."""
+    codes_NK = torch.empty_like(weight_NK, dtype=torch.uint8)
+    n_in = weight_NK.shape[1]
+    for first in range(0, n_in, BLOCK):
+        last = min(first + BLOCK, n_in)
+        block_NB, errors_NB = weight_NK[:, first:last], torch.empty(len(weight_NK), last - first)
+        for column in range(first, last):
+            here = column - first
+            w_N, scale_N, zero_N = block_NB[:, here], scales_NK[:, column], zeros_NK[:, column]
+            code_N = (w_N / scale_N).round_().add_(zero_N).clamp_(0, top)
+            codes_NK[:, column] = code_N
+            errors_NB[:, here] = (w_N - (code_N - zero_N) * scale_N) / upper_KK[column, column]
+            block_NB[:, here + 1 :].addr_(errors_NB[:, here], upper_KK[column, column + 1 : last], alpha=-1)
+        weight_NK[:, last:] -= errors_NB @ upper_KK[first:last, last:]
+    return codes_NK
+
+
+class Gptq:
+    """The method over a whole checkpoint, layer by layer."""
+
+    def __init__(
+        self,
+        path: Path,
+        matrices: list[Matrix],
+        schemes: Mapping[str, Scheme],
+        dtype: torch.dtype,
+        settings: QuantizeSettings,
+    ):
+        self._path, self._matrices, self._schemes, self._settings = path, matrices, schemes, settings
+        self._dtype = dtype
+        self._scheme_of = {ours: schemes[matrix.theirs] for matrix in matrices for ours in matrix.ours}
+        self._done: dict[str, AffineWeight] = {}
+
+    def run(self, ids_BT: torch.Tensor, spool: Spool, progress) -> dict[str, torch.Tensor]:
+        """Spool every matrix. No other tensor changes."""
+        compute = torch.bfloat16 if self._dtype == torch.bfloat16 else torch.float32
+        layerwise = Layerwise(self._path, ids_BT, compute)
+        for number, _ in enumerate(layerwise.run(self._visit)):
+            progress("gptq, layer", number + 1, layerwise.n_layers)
+            self._put_aside(spool)
+        self._outside_layers(layerwise, spool)
+        return {}
+
+    def _visit(self, layer: Layer) -> None:
+        linears = layer.linears()
+        seen = set()
+        for stage in layer.stages():
+            wanted = [[name for name in group if name in self._scheme_of] for group in stage]
+            wanted = [group for group in wanted if group]
+            if not wanted:
+                continue
+            hessians = Hessians.of(layer, [group[0] for group in wanted])
+            for group in wanted:
+                for name in group:
+                    self._solve(name, linears[name], hessians[group[0]])
+                    seen.add(name)
+        for name, linear in linears.items():  # experts that no token chose
+            if name in self._scheme_of and name not in seen:
+                self._solve(name, linear, torch.eye(linear.in_features))
+
+    def _solve(self, name: str, linear, hessian_KK: torch.Tensor) -> None:
+        settings, dtype = self._settings, self._dtype
+        weight = linear.weight.detach().float().clone()
+        found = solve(weight, hessian_KK, self._scheme_of[name], dtype, settings.act_order, settings.damping)
+        linear.weight.data = found.dequantized(linear.weight.dtype)
+        self._done[name] = found
+
+    def _put_aside(self, spool: Spool) -> None:
+        """Matrices of the file all of whose parts are there."""
+        for matrix in self._matrices:
+            if all(ours in self._done for ours in matrix.ours):
+                parts = [self._done.pop(ours) for ours in matrix.ours]
+                spool.add(matrix.theirs, compressed_tensors.stored(storage.joined(parts)))
+
+    def _outside_layers(self, layerwise: Layerwise, spool: Spool) -> None:
+        """A head that is not kept: rounded to the nearest."""
+        for matrix in self._matrices:
+            if not any("layers." in ours for ours in matrix.ours):
+                weight = torch.cat([layerwise.streamed.read(f"{ours}.weight").float() for ours in matrix.ours])
+                spool.add(matrix.theirs, storage.rounded(weight, self._schemes[matrix.theirs], self._dtype))

@@ -1,0 +1,137 @@
+"""Round-to-nearest: the scales of groups, and codes by them."""
+
+from __future__ import annotations
+
+import torch
+
+from llmctl.models.packed import AffineWeight, FloatWeight, TableWeight
+from llmctl.quantize.scheme import TABLE_BLOCK, Scheme
+
+SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7, 0.66, 0.62, 0.58, 0.54, 0.5)
+"""Parts of a group's range that the search tries: to cut off its ends may cost less than the coarser steps."""
+SEARCHED_ROWS = 1024
+"""Rows of a matrix that the search looks at at a time."""
+
+
+def scales_and_zeros(
+    weight_NK: torch.Tensor, scheme: Scheme, dtype: torch.dtype, importance_K: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales [N, J] float32 that `dtype` and 16 bits hold, and zero points (float32, whole numbers; None: symmetric).
+
+    Below 8 bits they are those of the range's part with the least squared error, each column's weighted by `importance_K`.
+    """
+    parts, dtype = [], torch.bfloat16 if dtype == torch.float32 else dtype  # kernels read scales of 16 bits
+    for first in range(0, len(weight_NK), SEARCHED_ROWS):
+        groups_NJG = in_groups(weight_NK[first : first + SEARCHED_ROWS], scheme.size(weight_NK.shape[1]))
+        weights_JG = None
+        if importance_K is not None:
+            weights_JG = in_groups(importance_K[None].to(groups_NJG.dtype), groups_NJG.shape[2])[0]
+        shrinks = SHRINKS if scheme.bits < 8 else SHRINKS[:1]
+        parts.append(_best(groups_NJG, scheme, dtype, weights_JG, shrinks))
+    scales_NJ, zeros_NJ = (torch.cat(values) for values in zip(*parts))
+    return scales_NJ, None if scheme.symmetric else zeros_NJ
+
+
+def in_groups(weight_NK: torch.Tensor, size: int) -> torch.Tensor:
+    """[N, J, G]; the last group is filled up with zeros."""
+    return torch.nn.functional.pad(weight_NK, (0, -weight_NK.shape[1] % size)).unflatten(1, (-1, size))
+
+
+def _best(groups_NJG, scheme: Scheme, dtype, weights_JG, shrinks) -> tuple[torch.Tensor, torch.Tensor]:
+    best_NJ = torch.full(groups_NJG.shape[:2], torch.inf)
+    scales_NJ, zeros_NJ = torch.ones_like(best_NJ), torch.zeros_like(best_NJ)
+    for shrink in shrinks:
+        tried_NJ, middle_NJ = _of_range(groups_NJG, scheme, dtype, shrink)
+        errors = dequantize(codes_of(groups_NJG, tried_NJ, middle_NJ, scheme.bits), tried_NJ, middle_NJ) - groups_NJG
+        errors = errors.square_() if weights_JG is None else errors.square_().mul_(weights_JG)
+        errors_NJ = errors.sum(-1)
+        better_NJ = errors_NJ < best_NJ
+        best_NJ = torch.where(better_NJ, errors_NJ, best_NJ)
+        scales_NJ = torch.where(better_NJ, tried_NJ, scales_NJ)
+        zeros_NJ = torch.where(better_NJ, middle_NJ, zeros_NJ)
+    return scales_NJ, zeros_NJ
+
+
+def _of_range(groups_NJG, scheme: Scheme, dtype, shrink: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points that spread the codes over a part of each group's range; zero keeps a code of its own."""
+    top = (1 << scheme.bits) - 1
+    if scheme.symmetric:
+        scales = groups_NJG.abs().amax(-1) * (shrink * 2 / top)
+    else:
+        low, high = groups_NJG.amin(-1).clamp(max=0) * shrink, groups_NJG.amax(-1).clamp(min=0) * shrink
+        scales = (high - low) / top
+    tiny = torch.finfo(torch.float16).tiny if dtype == torch.float16 else 1e-30
+    scales = torch.where(scales > tiny, scales, 1.0).to(dtype).float()
+    if scheme.symmetric:
+        return scales, torch.full_like(scales, 1 << (scheme.bits - 1))
+    return scales, (-low / scales).round_().clamp_(0, top)
+
+
+def codes_of(groups_NJG: torch.Tensor, scales_NJ: torch.Tensor, zeros_NJ: torch.Tensor, bits: int) -> torch.Tensor:
+    """The nearest codes, as float32."""
+    codes = (groups_NJG / scales_NJ[..., None]).round_().add_(zeros_NJ[..., None])
+    return codes.clamp_(0, (1 << bits) - 1)
+
+
+def dequantize(codes_NJG: torch.Tensor, scales_NJ: torch.Tensor, zeros_NJ: torch.Tensor) -> torch.Tensor:
+    return (codes_NJG - zeros_NJ[..., None]) * scales_NJ[..., None]
+
+
+def affine(
+    weight_NK: torch.Tensor, scheme: Scheme, dtype: torch.dtype, importance_K: torch.Tensor | None = None
+) -> AffineWeight:
+    """The matrix (float32) in integers of `scheme.bits`, with scales in `dtype`."""
+    scales_NJ, zeros_NJ = scales_and_zeros(weight_NK, scheme, dtype, importance_K)
+    size = scheme.size(weight_NK.shape[1])
+    middle_NJ = torch.full_like(scales_NJ, 1 << (scheme.bits - 1)) if zeros_NJ is None else zeros_NJ
+    codes_NJG = codes_of(in_groups(weight_NK, size), scales_NJ, middle_NJ, scheme.bits)
+    codes_NK = codes_NJG.flatten(1)[:, : weight_NK.shape[1]].to(torch.uint8).contiguous()
+    zeros_NJ = None if zeros_NJ is None else zeros_NJ.to(torch.uint8)
+    return AffineWeight(codes_NK, scales_NJ.to(dtype), zeros_NJ, scheme.bits, size)
+
+
+def in_fp8(weight_NK: torch.Tensor, dtype: torch.dtype) -> FloatWeight:
+    """e4m3 with one scale for a row, which takes the row's largest value to the largest of the format."""
+    scales_N1 = weight_NK.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    scales_N1 = torch.where(scales_N1 > 0, scales_N1, 1.0).to(dtype)
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    return FloatWeight((weight_NK / scales_N1.float()).clamp(-limit, limit).to(torch.float8_e4m3fn), scales_N1)
+
+
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+"""Quantiles of a normal distribution with a zero among them (arXiv:2305.14314, appendix E)."""
+_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+"""Of the positive codes in their order: a sign, two bits of exponent, one of fraction; the largest is 1."""
+
+
+def table_of(kind: str) -> torch.Tensor:
+    """The 16 values of "nf4" or "fp4", float32, by their codes."""
+    if kind == "nf4":
+        return torch.tensor(_NF4)
+    positive = torch.tensor(_FP4_TWELFTHS) / 12
+    return torch.cat([positive, -positive])
+
+
+def in_table(weight_NK: torch.Tensor, kind: str) -> TableWeight:
+    """The nearest values of a table to the matrix over the largest of each block of its flattened weights."""
+    table_16 = table_of(kind)
+    order = table_16.argsort()
+    bounds = (table_16[order[:-1]] + table_16[order[1:]]) / 2
+    flat = weight_NK.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % TABLE_BLOCK)).view(-1, TABLE_BLOCK)
+    scales_B = blocks.abs().amax(1)
+    nearest = torch.bucketize((blocks * (1 / scales_B.clamp(min=1e-38))[:, None]).clamp_(-1, 1), bounds, out_int32=True)
+    codes = order[nearest].to(torch.uint8).flatten()[: len(flat) + len(flat) % 2]
+    return TableWeight((codes[::2] << 4) | codes[1::2], table_16, scales_B, TABLE_BLOCK, tuple(weight_NK.shape))
+
+
+def in_llm_int8(weight_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [N, K] and the largest of each row, float32 [N]; the matrix passes through float16, as bitsandbytes has it."""
+    half_NK = weight_NK.to(torch.float16)
+    largest_N = half_NK.abs().amax(1).float()
+    return (half_NK * (127.0 / largest_N.clamp(min=1e-38))[:, None]).round_().to(torch.int8), largest_N
