@@ -41,7 +41,7 @@ class TextClassifier:
                 f"{name}: a language model, not a classifier",
                 hint="llmctl finetune MODEL rows.jsonl --objective classify makes one of it",
             )
-        self.model, self._device = model, model.embed_tokens.weight.device
+        self.model, self._device = model, model.device
         encoder = DraftEncoder(tokenizer)
 
         def encode(text: str) -> list[int]:

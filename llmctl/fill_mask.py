@@ -12,7 +12,7 @@ import torch
 from llmctl.data.text_rows import TextRow
 from llmctl.devices import choose_device
 from llmctl.errors import UserError
-from llmctl.models.loading import load_model
+from llmctl.finetune.assembly import Assembly
 from llmctl.models.masked_lm import MaskedLM
 from llmctl.tokenization.special import content
 from llmctl.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ class MaskFiller:
     @classmethod
     def open(cls, path: str | os.PathLike, dtype: str | None = None, device: str | None = None) -> MaskFiller:
         """The model and tokenizer of a checkpoint directory."""
-        return cls(load_model(path, dtype, choose_device(device)), Tokenizer.load(path), str(path))
+        return cls(Assembly.find(path).load(dtype, choose_device(device)), Tokenizer.load(path), str(path))
 
     @property
     def mask_token(self) -> str:
@@ -66,13 +66,13 @@ class MaskFiller:
 
     @torch.inference_mode()
     def _fill(self, batch: list[TextRow], top_k: int) -> Iterator[Filled]:
-        device = self.model.embed_tokens.weight.device
+        device = self.model.device
         ids = [torch.tensor(self._encoded(row)) for row in batch]
         inputs_BT = torch.nn.utils.rnn.pad_sequence(ids, True, self.tokenizer.pad_id or 0).to(device)
         lengths_B = torch.tensor([len(row) for row in ids], device=device)
         is_real_BT = torch.arange(inputs_BT.shape[1], device=device) < lengths_B[:, None]
         is_mask_BT = (inputs_BT == self.tokenizer.mask_id) & is_real_BT
-        logits_MV = self.model.logits(self.model.hidden(inputs_BT, is_real_BT)[is_mask_BT])
+        logits_MV = self.model.logits_at(is_mask_BT, inputs_BT, is_real_BT)
         # ids that the vocabulary is padded with stand for nothing
         top = logits_MV.float().softmax(-1)[:, : self.tokenizer.vocab_size].topk(top_k)
         masks = [

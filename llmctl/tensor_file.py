@@ -70,10 +70,10 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor]) -> 
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(_bytes_of(name, tensors[name]))
+            file.write(bytes_of(name, tensors[name]))
 
 
-def _bytes_of(name: str, source: torch.Tensor | LazyTensor) -> memoryview:
+def bytes_of(name: str, source: torch.Tensor | LazyTensor) -> memoryview:
     import torch
 
     tensor = source

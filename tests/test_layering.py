@@ -28,6 +28,8 @@ HEAVY = {
     "prompt_toolkit",
     "yaml",
     "jinja2",
+    "onnx",
+    "onnxruntime",
 }
 
 

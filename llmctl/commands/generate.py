@@ -32,8 +32,8 @@ from llmctl.generation.settings import Run, Sampling
 def command(model, prompt, prompt_flag, settings, run):
     """Continue a prompt with a language model, or answer it with an encoder-decoder.
 
-    MODEL is a checkpoint directory, or that of an adapter, which names its base; - reads its path from standard input.
-    PROMPT is text; - or none at all reads
+    MODEL is a checkpoint directory, that of an adapter, which names its base, or one that export-onnx wrote; - reads
+    its path from standard input. PROMPT is text; - or none at all reads
     it from standard input, less the newline at its end. Settings that are not given come from the checkpoint's
     generation_config.json where that has them.
 
@@ -54,7 +54,8 @@ def command(model, prompt, prompt_flag, settings, run):
     from llmctl.generation.report import Report
     from llmctl.generation.session import Session
 
-    session = Session.open(path, None if run.dtype == "auto" else run.dtype, run.device, run.adapter, run.force)
+    dtype = None if run.dtype == "auto" else run.dtype
+    session = Session.open(path, dtype, run.device, run.adapter, run.force, run.provider)
     report = Report(settings.seed)
     if run.jsonl or run.num_samples > 1:
         _print_answers(session, rows, settings, run, report)

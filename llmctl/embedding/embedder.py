@@ -16,9 +16,9 @@ from llmctl.devices import choose_device
 from llmctl.embedding.settings import EmbedSettings
 from llmctl.errors import CalledWrongly
 from llmctl.files import read_json
+from llmctl.finetune.assembly import Assembly
 from llmctl.models.config import LocalAttention, ModelConfig
 from llmctl.models.language_model import LanguageModel
-from llmctl.models.loading import load_model
 from llmctl.tokenizer import Tokenizer
 
 _THEIR_POOLING = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
@@ -45,7 +45,7 @@ class Embedder:
         """The model and tokenizer of a checkpoint directory."""
         tokenizer = Tokenizer.load(path)
         dtype = None if settings.dtype == "auto" else settings.dtype
-        model = load_model(path, dtype, choose_device(settings.device))
+        model = Assembly.find(path).load(dtype, choose_device(settings.device))
         pooling = settings.pooling if settings.pooling != "auto" else usual_pooling(path, model.config)
         return cls(model, tokenizer, settings, pooling)
 
@@ -59,7 +59,7 @@ class Embedder:
 
     @torch.inference_mode()
     def _vectors(self, ids: Sequence[list[int]]) -> np.ndarray:
-        device = self.model.embed_tokens.weight.device
+        device = self.model.device
         inputs_BT, is_real_BT = self._batches.padded(ids, device)
         states_BTD = self._states(inputs_BT, is_real_BT).float()
         vectors_BD = pool(states_BTD, is_real_BT, self.pooling)

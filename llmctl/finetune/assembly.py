@@ -16,6 +16,7 @@ from llmctl.finetune import adapter
 from llmctl.models.config import Classifier
 from llmctl.models.language_model import LanguageModel
 from llmctl.models.loading import load_model, read_config
+from llmctl.run_onnx.files import is_exported
 from llmctl.tokenization.files import has_tokenizer
 from llmctl.tokenizer import Tokenizer
 
@@ -46,12 +47,36 @@ class Assembly:
                 refuse_other_base(path, base)
         return cls(base, tuple(found))
 
-    def load(self, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None) -> LanguageModel:
-        """The model with all adapters, in eval mode; their weights are float32, the base's as `load_model` has them."""
+    def load(
+        self,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        provider: str | None = None,
+    ) -> LanguageModel:
+        """The model with all adapters, in eval mode; their weights are float32, the base's as `load_model` has them.
+
+        A directory that `export-onnx` wrote gives a model with the same interface, which onnxruntime runs through its
+        `provider` (cpu, cuda, or a name of its own; None: what suits the device).
+        """
+        if (exported := self._exported(dtype, device, provider)) is not None:
+            return exported
         model = load_model(self.base, dtype, device, classifier=self._classifier())
         for path, weight in self.adapters:
             adapter.load(model, path, weight)
         return model.eval()
+
+    def _exported(self, dtype, device, provider: str | None):
+        if not is_exported(self.base):
+            if provider is not None:
+                raise CalledWrongly(f"--provider is for models on onnxruntime; {self.base} is a checkpoint")
+            return None
+        if self.adapters:
+            raise CalledWrongly(
+                f"{self.base}: an exported model takes no adapters", hint="export-onnx --adapter has them"
+            )
+        from llmctl.run_onnx.opening import open_model  # onnxruntime takes long to import
+
+        return open_model(self.base, provider, device, dtype)
 
     def tokenizer(self) -> Tokenizer:
         """The last adapter's that brings one, which is what it was trained with, else the base's."""

@@ -55,14 +55,17 @@ class Session:
         device: str | None = None,
         adapters: Sequence[str] = (),
         force: bool = False,
+        provider: str | None = None,
     ) -> Session:
         """Load a checkpoint or adapter directory; dtype None is the stored one, device None a GPU where there is one.
 
-        `adapters` and `force` are those of `Assembly.find`.
+        `adapters` and `force` are those of `Assembly.find`, `provider` that of `Assembly.load`.
         """
         assembly = Assembly.find(path, adapters, force)
         tokenizer = assembly.tokenizer()
-        return cls.of(assembly.load(dtype, choose_device(device)), tokenizer, assembly.generation_config_directory)
+        return cls.of(
+            assembly.load(dtype, choose_device(device), provider), tokenizer, assembly.generation_config_directory
+        )
 
     @classmethod
     def of(cls, model: CausalLM, tokenizer: Tokenizer, generation_config_directory: str | os.PathLike) -> Session:

@@ -274,3 +274,9 @@ class Run:
     force: bool = _flag_of(False, "Use an adapter that was trained on another base.", show_default=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag_of("auto", "Weights and cache; auto is as stored.")
     device: str | None = _flag_of(None, "cpu, cuda, cuda:1.", show_default="a GPU where there is one", metavar="NAME")
+    provider: str | None = _flag_of(
+        None,
+        "Of onnxruntime, for a MODEL that export-onnx wrote: cpu, cuda, or its own name for one.",
+        show_default="what suits the device",
+        metavar="NAME",
+    )

@@ -28,6 +28,12 @@ class MaskedLM(LanguageModel):
         )
         return self.logits(hidden_BTD)
 
+    def logits_at(
+        self, where_BT: torch.Tensor, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor
+    ) -> torch.Tensor:
+        """[N, V] at the tokens where `where_BT` is true, and nowhere else."""
+        return self.logits(self.hidden(input_ids_BT, attention_mask_BT)[where_BT])
+
     def hidden(
         self,
         input_ids_BT: torch.Tensor,

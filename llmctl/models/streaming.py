@@ -15,7 +15,7 @@ from torch import nn
 
 from llmctl.models import families, weights
 from llmctl.models.head import logits
-from llmctl.models.loading import new_empty, reset_buffers, stored_config
+from llmctl.models.loading import new_empty, reset_buffers, stored_config, stored_tensors
 from llmctl.quantize.stored import open_weights
 
 HEAD_ROWS = 4096
@@ -44,8 +44,12 @@ class StreamedModel:
         with torch.device("meta"):
             self.model = new_empty(self.config).eval()
         reset_buffers(self.model)
-        shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        shapes = {name: tensor.shape for name, tensor in stored_tensors(self.model).items()}
         self._sources = weights.sources(families.find(self.config.family), shapes, self._files.keys())
+        for name, _ in self.model.named_buffers():
+            if name in self._sources:  # those are small
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(owner), leaf, self.read(name))
         if change is not None:
             change(self.model)
         for name, module in list(self.model.named_modules()):
@@ -63,11 +67,19 @@ class StreamedModel:
         return self.head(self.hidden(input_ids_BT))
 
     @torch.no_grad()
-    def hidden(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+    def hidden(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
         """What the head reads, [B, T, D]."""
         if self.config.encoder is None:
-            return self.model.hidden(input_ids_BT)
+            return self.model.hidden(input_ids_BT, attention_mask_BT)
         return self.model.hidden(input_ids_BT, memory=self.model.encode(input_ids_BT))
+
+    @torch.no_grad()
+    def answers(
+        self, source_ids_BS: torch.Tensor, source_mask_BS: torch.Tensor, input_ids_BT: torch.Tensor
+    ) -> torch.Tensor:
+        """The logits [B, T, V] of a decoder with a source."""
+        memory = self.model.encode(source_ids_BS, source_mask_BS)
+        return self.head(self.model.hidden(input_ids_BT, memory=memory))
 
     @torch.no_grad()
     def head(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
@@ -78,6 +90,8 @@ class StreamedModel:
         name = "embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"
         bias = next((source for source in ("head_bias", "lm_head.bias") if source in self._sources), None)
         bias_V = None if bias is None else self.read(bias)
+        if self.config.head.bias == "fixed":
+            bias_V = self.model.logits_bias
         parts = []
         for first in range(0, self.config.vocab_size, HEAD_ROWS):
             rows = slice(first, first + HEAD_ROWS)

@@ -139,4 +139,5 @@ def main() -> None:
         report(path, measure(path, options.rounds))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Linear layers, one or several that read the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llmctl.export.onnx.builder import Builder
+from llmctl.export.onnx.graph import MICROSOFT, Value
+from llmctl.tensor_file import LazyTensor
+
+
+def linear(b: Builder, names: str | Sequence[str], x: Value) -> Value:
+    """x [..., K] -> [..., N] through the module of that name, or through several whose outputs stand side by side."""
+    names = [names] if isinstance(names, str) else list(names)
+    weights = [f"{name}.weight" for name in names]
+    n_out, n_in = sum(b.weights.shapes[name][0] for name in weights), b.weights.shapes[weights[0]][1]
+    bias = None
+    if any(b.weights.has(f"{name}.bias") for name in names):
+        bias = b.graph.weight("+".join(f"{name}.bias" for name in names), _biases(b, names, n_out))
+    tensor_NK = b.weights.lazy(weights, (n_out, n_in), lambda *parts: torch.cat(parts))
+    return product(b, "+".join(weights), tensor_NK, x, bias)
+
+
+def product(b: Builder, name: str, tensor_NK: LazyTensor, x: Value, bias: Value | None = None) -> Value:
+    """x weight^T + bias, with weights of 4 or 8 bits where the model is to have them."""
+    if b.quantization is not None:
+        return _quantized(b, name, tensor_NK, x, bias)
+    n_out, n_in = tensor_NK.shape
+    # MatMul takes the matrix the other way round; two of the tensor are in memory while it is turned.
+    turned = LazyTensor((n_in, n_out), tensor_NK.dtype, lambda: tensor_NK.load().mT.contiguous())
+    y = x @ b.graph.weight(name, turned)
+    return y if bias is None else y + bias
+
+
+def _quantized(b: Builder, name: str, tensor_NK: LazyTensor, x: Value, bias: Value | None) -> Value:
+    how, (n_out, n_in) = b.quantization, tensor_NK.shape
+    codes, scales = how.split(tensor_NK)
+    # The scales first: they and the codes are made in one pass.
+    scales = b.graph.weight(f"{name}.scales", scales)
+    codes = b.graph.weight(f"{name}.codes", codes)
+    return b.graph.op(
+        "MatMulNBits",
+        x,
+        codes,
+        scales,
+        *(() if bias is None else (None, None, bias)),
+        domain=MICROSOFT,
+        K=n_in,
+        N=n_out,
+        bits=how.bits,
+        block_size=how.group_size,
+        accuracy_level=how.accuracy_level,
+    )
+
+
+def _biases(b: Builder, names: Sequence[str], n_out: int) -> LazyTensor:
+    """Side by side; a module without one has zeros."""
+
+    def load() -> torch.Tensor:
+        sizes = [b.weights.shapes[f"{name}.weight"][0] for name in names]
+        parts = (
+            b.weights.read(f"{name}.bias").float() if b.weights.has(f"{name}.bias") else torch.zeros(size)
+            for name, size in zip(names, sizes)
+        )
+        return torch.cat(list(parts)).to(b.weights.dtype)
+
+    return LazyTensor((n_out,), b.weights.dtype, load)

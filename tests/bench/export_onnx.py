@@ -1,0 +1,131 @@
+"""An exported model of 1.1B parameters beside that of onnxruntime-genai's own builder: decoding speed, size, and the peak of
+memory that the export takes.
+
+    python tests/bench/export_onnx.py prepare DIR [--precision int4]     # random weights, and the model of either
+    python tests/bench/export_onnx.py decode DIR [--precision int4] [--threads 2] [--tokens 48] [--rounds 3]
+
+`prepare` prints seconds, size and peak resident memory of each export, a process of its own. `decode` runs, in turn, ours in
+llmctl, ours in onnxruntime-genai, and the builder's in onnxruntime-genai: greedy, one text, the same prompt; it prints
+medians of tokens per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROMPT = list(range(1, 17))
+RIVALS = {"int4": "int4", "float32": "fp32"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["prepare", "decode"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--precision", choices=list(RIVALS), default="int4")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    (prepare if arguments.what == "prepare" else decode)(arguments)
+
+
+def prepare(arguments) -> None:
+    folder, precision = arguments.folder, arguments.precision
+    source = folder / "checkpoint"
+    if not (source / "config.json").exists():
+        import loading
+
+        from llmctl.tokenizer import Tokenizer
+
+        source.mkdir(parents=True, exist_ok=True)
+        loading.write(source, "bfloat16", 5e9)
+        Tokenizer.bytes().save(source)
+    how = ["--quantize", precision] if precision == "int4" else []
+    ours, theirs = folder / f"llmctl-{precision}", folder / f"builder-{precision}"
+    # random weights of 4 bits are far from those of 16: that is no matter here
+    command = [sys.executable, "-m", "llmctl", "export-onnx", source, "-o", ours, "--fuse", *how, "--tolerance", "10"]
+    measured("llmctl", [*map(str, command), "--overwrite"], ours)
+    call = f"from onnxruntime_genai.models.builder import create_model as make; make('', {str(source)!r}, "
+    call += f"{str(theirs)!r}, {RIVALS[precision]!r}, 'cpu', {str(folder / 'cache')!r})"
+    measured("builder", [sys.executable, "-c", call], theirs)
+
+
+def measured(name: str, command: list[str], output: Path) -> None:
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{name}: ended with {status}")
+    size = sum(path.stat().st_size for path in output.iterdir() if "onnx" in path.name)
+    peak = usage.ru_maxrss * 1024
+    print(
+        f"{name}: {time.perf_counter() - start:.0f} s, {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB ({peak / size:.2f} x)"
+    )
+
+
+def decode(arguments) -> None:
+    ours, theirs = (arguments.folder / f"{who}-{arguments.precision}" for who in ("llmctl", "builder"))
+    runs = {
+        "ours in llmctl": in_llmctl(ours, arguments),
+        "ours in onnxruntime-genai": in_genai(ours, arguments),
+        "the builder's in onnxruntime-genai": in_genai(theirs, arguments),
+    }
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(arguments.rounds):
+        for name, run in runs.items():
+            found[name].append(run())
+    for name, rates in found.items():
+        print(f"{name}: {statistics.median(rates):.2f} tokens/s ({', '.join(f'{rate:.2f}' for rate in rates)})")
+
+
+def in_llmctl(folder: Path, arguments):
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    from llmctl.run_onnx.opening import open_model
+
+    model = open_model(folder, "cpu")
+
+    def run() -> float:
+        cache, inputs_BT = model.begin([PROMPT], [PROMPT], arguments.tokens + 1)
+        token = model.next_logits(inputs_BT, cache).argmax(-1)
+        start = time.perf_counter()
+        for _ in range(arguments.tokens):
+            token = model.next_logits(token[:, None], cache).argmax(-1)
+        return arguments.tokens / (time.perf_counter() - start)
+
+    return run
+
+
+def in_genai(folder: Path, arguments):
+    import onnxruntime_genai as genai
+
+    config = genai.Config(str(folder))
+    config.overlay(
+        f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {arguments.threads}}}}}}}}}'
+    )
+    model = genai.Model(config)
+
+    def run() -> float:
+        settings = genai.GeneratorParams(model)
+        length = len(PROMPT) + arguments.tokens + 1
+        settings.set_search_options(max_length=length, min_length=length, do_sample=False)
+        generator = genai.Generator(model, settings)
+        generator.append_tokens(PROMPT)
+        generator.generate_next_token()
+        start = time.perf_counter()
+        for _ in range(arguments.tokens):
+            generator.generate_next_token()
+        return arguments.tokens / (time.perf_counter() - start)
+
+    return run
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Exported models on onnxruntime against transformers: at once, in padded batches, and continued from a cache."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+onnx = pytest.importorskip("onnx")
+transformers = pytest.importorskip("transformers")
+
+import family_checks as checks  # noqa: E402
+import test_decoder_families as decoders  # noqa: E402
+import test_encoder_families as encoders  # noqa: E402
+import test_seq2seq_families as translators  # noqa: E402
+
+from llmctl.embedding.embedder import pool  # noqa: E402
+from llmctl.errors import CalledWrongly, CheckFailed, UserError  # noqa: E402
+from llmctl.export.onnx import quantization  # noqa: E402
+from llmctl.export.onnx.export import export  # noqa: E402
+from llmctl.export.onnx.settings import OnnxSettings  # noqa: E402
+from llmctl.generation.session import Session  # noqa: E402
+from llmctl.generation.settings import Sampling  # noqa: E402
+from llmctl.models.initialization import new_model  # noqa: E402
+from llmctl.models.loading import load_model, read_config, save_model  # noqa: E402
+from llmctl.models.shapes import for_parameters  # noqa: E402
+from llmctl.run_onnx.opening import open_model  # noqa: E402
+from llmctl.tokenizer import Tokenizer  # noqa: E402
+
+TOLERANCE = 1e-4
+MORE = ("llama-dynamic", "phi3-longrope", "phi3-window-partial", "qwen3_moe-mixed", "smollm3-windows")
+
+
+def exported(reference, **settings):
+    out = reference.path / "onnx"
+    export(reference.directory, out, OnnxSettings(**settings))
+    for file in out.glob("*.onnx"):
+        onnx.checker.check_model(file, full_check=not settings.get("fuse"))
+    return open_model(out, "cpu")
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", [*decoders.FIRST, *MORE])
+def test_decoders(name, fuse, tmp_path):
+    """Alone, left-padded, and greedy from a cache in a batch of unequal prompts, beyond windows and LongRoPE's switch."""
+    config = decoders.CONFIGS[name]
+    if config.model_type == "llama" and fuse:  # GroupQueryAttention turns heads of 16 numbers at least
+        config = transformers.LlamaConfig(**decoders.shape(hidden_size=64))
+    reference = checks.reference(config, tmp_path)
+    model = exported(reference, fuse=fuse)
+    ids, mask = checks.token_ids(decoders.V, 2, 14), torch.ones(2, 14, dtype=torch.long)
+    mask[1, :5] = 0
+    with torch.no_grad():
+        expected = reference.model(ids).logits
+        alone = reference.model(ids[1:, 5:]).logits
+    assert (model(ids) - expected).abs().max() < TOLERANCE
+    assert (model(ids, mask)[1:, 5:] - alone).abs().max() < TOLERANCE
+    if name != "llama-dynamic":  # its keys would have the angles of their time
+        prompts = [checks.token_ids(decoders.V, 1, n, seed=n)[0].tolist() for n in (5, 1, 11)]
+        theirs = [checks._their_greedy(reference.model, [prompt], 20)[0] for prompt in prompts]
+        assert checks.our_greedy(model, prompts, 20, batch_size=3) == theirs
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "esm2", "esm1b"])
+def test_encoders(name, fuse, tmp_path):
+    reference = encoders.written(name, tmp_path)
+    model, inputs = exported(reference, fuse=fuse), encoders.inputs(reference)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        theirs = reference.model(**inputs, output_hidden_states=True)
+    assert (model(**_ours(inputs)) - theirs.logits)[real].abs().max() < TOLERANCE
+    states = model.hidden(**_ours(inputs))
+    assert (states - theirs.hidden_states[-1])[real].abs().max() < TOLERANCE
+    vectors = torch.empty(2, model.config.d_model)
+    given = {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+    model.graph.run(given, {"sentence_embedding": vectors})
+    assert (vectors - pool(theirs.hidden_states[-1], real, "mean")).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("how", [{}, {"fuse": True}, {"merged_decoder": True}], ids=["plain", "fused", "merged"])
+@pytest.mark.parametrize("name", ["t5", "t5-v1.1", "bart", "mbart"])
+def test_encoder_decoders(name, how, tmp_path):
+    reference = checks.reference(translators.CONFIGS[name], tmp_path, transformers.AutoModelForSeq2SeqLM)
+    model, vocab_size = exported(reference, **how), reference.vocab_size
+    source, written = checks.token_ids(vocab_size, 2, 11).clamp(min=4), checks.token_ids(vocab_size, 2, 9, seed=4)
+    mask = torch.ones_like(source)
+    mask[1, 8:] = 0
+    with torch.no_grad():
+        expected = reference.model(input_ids=source, attention_mask=mask, decoder_input_ids=written).logits
+    assert (model(source, mask, input_ids_BT=written) - expected).abs().max() < TOLERANCE
+    cache, _ = model.begin([source[0].tolist(), source[1, :8].tolist()], [[0], [0]], 9)
+    for place in range(9):
+        logits = model.next_logits(written[:, place : place + 1], cache)
+        assert (logits - expected[:, place]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["lstm", "gru"])
+def test_recurrent_decoders(family, tmp_path):
+    model = new_model(for_parameters(family, 20_000, 97, 64), seed=0)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    save_model(model, tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx", OnnxSettings())
+    ours = open_model(tmp_path / "onnx", "cpu")
+    prompts = [checks.token_ids(97, 1, n, seed=n)[0].tolist() for n in (5, 1, 11)]
+    assert checks.our_greedy(ours, prompts, 20, 3) == checks.our_greedy(model.eval(), prompts, 20, 3)
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A reference whose checkpoint has a tokenizer."""
+    config = transformers.LlamaConfig(**decoders.shape(vocab_size=257, hidden_size=64, max_position_embeddings=96))
+    config.eos_token_id = 256
+    reference = checks.reference(config, tmp_path)
+    Tokenizer.bytes().save(reference.directory)
+    return reference
+
+
+@pytest.mark.parametrize("how", [[], ["--fuse"]], ids=["plain", "fused"])
+def test_command_and_who_runs_its_result(llama, llmctl, tmp_path, how):
+    """generate writes the checkpoint's own text from it; onnxruntime-genai does, as it is."""
+    path = llmctl("export-onnx", llama.directory, "-o", "out", *how).stdout.strip()
+    assert json.loads((tmp_path / "out" / "llmctl.json").read_text())["metrics"]["greedy_equal"] == 64
+    opsets = {entry.domain: entry.version for entry in onnx.load(f"{path}/model.onnx").opset_import}
+    assert opsets == {"": 21, **({"com.microsoft": 1} if how else {})}
+    greedy = Sampling(max_new_tokens=24, temperature=0.0, seed=0, ignore_eos=True)
+    expected = Session.open(llama.directory).begin("Once upon", greedy)
+    list(Session.open(llama.directory).stream(expected))
+    told = llmctl("generate", path, "Once upon", "-n", 24, "--temp", 0, "--ignore-eos", "--provider", "cpu")
+    assert told.stdout == f"Once upon{expected.text}\n"
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(path)
+    settings = genai.GeneratorParams(model)
+    ids = expected.prompt_ids
+    settings.set_search_options(max_length=len(ids) + 24, min_length=len(ids) + 24, do_sample=False)
+    generator = genai.Generator(model, settings)
+    assert list(genai.Tokenizer(model).encode("Once upon")) == ids
+    generator.append_tokens(ids)
+    while not generator.is_done():
+        generator.generate_next_token()
+    first_end = next((i for i, token in enumerate(expected.ids) if token == 256), 24)
+    assert list(generator.get_sequence(0))[len(ids) :][:first_end] == expected.ids[:first_end]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_quantized_graph_computes_its_weights(llama, bits, fuse):
+    """Against transformers with each linear layer's weights rounded and restored; onnxruntime rounds activations too."""
+    model = exported(llama, quantize=f"int{bits}", fuse=fuse, tolerance=10.0)
+    with torch.no_grad():
+        for name, parameter in llama.model.named_parameters():
+            if "proj" in name or "lm_head" in name:
+                codes, scales = quantization.rounded(parameter, bits, 32)
+                parameter.copy_(quantization.restored(codes, scales, parameter.shape[1], bits))
+        expected = llama.model(ids := checks.token_ids(257, 2, 20)).logits
+    error = (model(ids) - expected).float().norm() / expected.norm()
+    assert error < 0.03
+
+
+def test_rounding_keeps_the_largest_and_zero():
+    weights = torch.randn(3, 40)
+    weights[1] = 0
+    for bits in (4, 8):
+        codes, scales = quantization.rounded(weights, bits, 32)
+        back = quantization.restored(codes, scales, 40, bits)
+        step = scales.abs().repeat_interleave(32, 1)[:, :40]
+        assert ((back - weights).abs() <= step + 1e-6).all() and not back[1].any()
+        largest = weights[0, :32].abs().argmax()
+        torch.testing.assert_close(back[0, largest], weights[0, largest])
+
+
+def test_half_precision_and_data_files(llama):
+    """The same weights inside the graph or beside it."""
+    ids = checks.token_ids(257, 2, 20)
+    inside, half = exported(llama)(ids), None
+    for settings in ({"external_data_above": 0}, {"dtype": "float16"}):
+        model = exported(llama, overwrite=True, **settings)
+        assert (llama.path / "onnx" / "model.onnx.data").exists() == ("dtype" not in settings)
+        half = model(ids)
+        assert (half.float() - inside).abs().max() < (0.1 if "dtype" in settings else 1e-6)
+    assert half.dtype == torch.float16
+
+
+def test_adapters_are_folded_in(llama, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(llama.model, config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    export(llama.directory, tmp_path / "out", OnnxSettings(adapter=(str(tmp_path / "adapter"),)))
+    ids = checks.token_ids(257, 2, 20)
+    with torch.no_grad():
+        assert (open_model(tmp_path / "out", "cpu")(ids) - theirs(ids).logits).abs().max() < TOLERANCE
+    with pytest.raises(CalledWrongly, match="takes no adapters"):
+        Session.open(tmp_path / "out", adapters=[str(tmp_path / "adapter")])
+
+
+def test_a_result_that_differs_is_not_left(llama, tmp_path):
+    with pytest.raises(CheckFailed, match="does not compute"):
+        export(llama.directory, tmp_path / "out", OnnxSettings(quantize="int4", tolerance=0.0))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"opset": 99}, "--opset 99: expected 20 to"),
+        ({"opset": 12}, "--opset 12: expected 20 to"),
+        ({"provider": "abacus"}, "no provider 'abacus'"),
+        ({"dtype": "bfloat16"}, "does not compute in it"),
+        ({"merged_decoder": True}, "no encoder-decoder"),
+        ({"group_size": 48}, "power of 2"),
+    ],
+)
+def test_what_cannot_be_is_said_first(llama, tmp_path, settings, told):
+    with pytest.raises(UserError, match=told):
+        export(llama.directory, tmp_path / "out", OnnxSettings(**settings))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "longformer"])
+def test_families_without_an_onnx_form(family, tmp_path):
+    config = for_parameters(family, 100_000, 97, 64)
+    save_model(new_model(config, seed=0), tmp_path / "model")
+    with pytest.raises(UserError, match=f"{family} cannot be exported"):
+        export(tmp_path / "model", tmp_path / "out", OnnxSettings())
+
+
+def test_classifiers(tmp_path):
+    """Of encoders and decoders, as classify calls them."""
+    shapes = {"bert": encoders.CONFIGS["bert"], "llama": decoders.CONFIGS["llama"]}
+    for name, config in shapes.items():
+        config.num_labels, config.pad_token_id = 3, 0
+        reference = checks.reference(config, tmp_path / name, transformers.AutoModelForSequenceClassification)
+        model, ids = exported(reference), checks.token_ids(97, 2, 12).clamp(min=1)
+        mask = torch.ones_like(ids)
+        mask[1, 9:], ids[1, 9:] = 0, 0
+        ours = load_model(reference.directory)
+        with torch.no_grad():
+            assert (model(ids, mask) - ours(ids, mask)).abs().max() < TOLERANCE
+            assert model.config.classifier == read_config(reference.directory).classifier
+
+
+def _ours(inputs: dict) -> dict:
+    return {f"{name}_BT": tensor for name, tensor in inputs.items()}
