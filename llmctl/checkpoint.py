@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -54,24 +55,29 @@ def save_tensors(
     tensors: Mapping[str, torch.Tensor | LazyTensor],
     shard_bytes: float = 5e9,
     stem: str = "model",
-) -> None:
+    hashed: bool = False,
+) -> dict[str, str]:
     """Write `{stem}.safetensors`, or above `shard_bytes` numbered shards and their index, one tensor in memory at a time.
 
-    Values keep their dtypes. Raises `UserError` when the disk has no room for them.
+    Values keep their dtypes. With `hashed` returns the sha256 of each file of tensors by its name, worked out while it is
+    written. Raises `UserError` when the disk has no room for them.
     """
     check_free_space(directory, sum(tensor.nbytes for tensor in tensors.values()))
     shards = _plan_shards(tensors, shard_bytes)
     files = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = [f"{stem}.safetensors"]
-    for file, names in zip(files, shards):
-        write_file(Path(directory, file), {name: tensors[name] for name in names})
+    digests = {
+        file: write_file(Path(directory, file), {name: tensors[name] for name in names}, hashed)
+        for file, names in zip(files, shards)
+    }
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
             "weight_map": {name: file for file, names in zip(files, shards) for name in names},
         }
         write_atomic(Path(directory, f"{stem}.safetensors.index.json"), json.dumps(index, indent=2).encode())
+    return {file: digest for file, digest in digests.items() if digest is not None}
 
 
 def _plan_shards(tensors: Mapping[str, torch.Tensor | LazyTensor], shard_bytes: float) -> list[list[str]]:
@@ -130,8 +136,10 @@ class TensorFiles:
         return torch_dtype(entry.file.path, name, entry.dtype)
 
     def lazy(self, name: str) -> LazyTensor:
-        """The tensor as `save_tensors` takes it, so that a copy of a checkpoint needs the memory of one tensor."""
-        return LazyTensor(self.shape(name), self.dtype(name), lambda: self.copy(name))
+        """The tensor as `save_tensors` takes it, so that a copy of a checkpoint needs no tensor in memory."""
+        entry = self._entry(name)
+        pieces = functools.partial(entry.file.pieces, name)
+        return LazyTensor(entry.shape, self.dtype(name), functools.partial(self.copy, name), pieces)
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:

@@ -44,7 +44,7 @@ def staged_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bi
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _fsync(target.parent)
+    flush(target.parent)
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -109,7 +109,7 @@ def _is_occupied(target: Path) -> bool:
 def _take_place(stage: Path, target: Path) -> None:
     if not _is_occupied(target):
         os.rename(stage, target)
-        _fsync(target.parent)
+        flush(target.parent)
         return
     if not _exchange(stage, target):
         # Without an atomic exchange there is an instant with no `target`, but never one without a whole copy on disk.
@@ -117,7 +117,7 @@ def _take_place(stage: Path, target: Path) -> None:
         os.rename(target, previous)
         os.rename(stage, target)
         stage = previous
-    _fsync(target.parent)
+    flush(target.parent)
     _remove(stage)
 
 
@@ -183,7 +183,8 @@ def _glob_escape(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until the disk has a file, or a directory's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -194,5 +195,5 @@ def _fsync(path: Path) -> None:
 def _fsync_tree(directory: Path) -> None:
     for folder, _, names in os.walk(directory):
         for name in names:
-            _fsync(Path(folder, name))
-        _fsync(Path(folder))
+            flush(Path(folder, name))
+        flush(Path(folder))

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,13 @@ class Lineage:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def write(directory: str | os.PathLike, lineage: Lineage) -> None:
-    """Hash the checkpoint's files as they now lie in `directory` and write llmctl.json: the last step of a save."""
-    files = {path.name: file_sha256(path) for path in _covered_files(Path(directory))}
+def write(directory: str | os.PathLike, lineage: Lineage, known: Mapping[str, str] | None = None) -> None:
+    """Hash the checkpoint's files as they now lie in `directory` and write llmctl.json: the last step of a save.
+
+    `known` are the sha256 of files that were hashed while they were written.
+    """
+    known = known or {}
+    files = {path.name: known.get(path.name) or file_sha256(path) for path in _covered_files(Path(directory))}
     content = dataclasses.asdict(dataclasses.replace(lineage, files=files))
     write_atomic(Path(directory, FILE_NAME), (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 

@@ -5,10 +5,12 @@ The format is https://huggingface.co/docs/safetensors: 8 bytes with the header's
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ if TYPE_CHECKING:  # checking files and naming a broken one must not cost the se
     import torch
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+PIECE_BYTES = 4 << 20
 TORCH_NAMES = {
     "F64": "float64",
     "F32": "float32",
@@ -46,13 +49,16 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
+    pieces: Callable[[], Iterator[memoryview]] | None = None
+    """The same as bytes, a few at a time, each gone when the next one comes: for what is only copied."""
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_file(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor]) -> None:
+def write_file(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], hashed: bool = False) -> str | None:
+    """Write one file; with `hashed` its sha256 is worked out meanwhile, on another thread, and returned."""
     import torch
 
     format_names = {getattr(torch, name): format_name for format_name, name in TORCH_NAMES.items()}
@@ -67,10 +73,27 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor]) -> 
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    digest = hashlib.sha256()
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as beside:
+
+        def put(content: bytes | memoryview) -> None:
+            hashing = beside.submit(digest.update, content) if hashed else None
+            file.write(content)
+            if hashing is not None:
+                hashing.result()
+
+        put(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(bytes_of(name, tensors[name]))
+            for piece in _pieces_of(name, tensors[name]):
+                put(piece)
+    return digest.hexdigest() if hashed else None
+
+
+def _pieces_of(name: str, source: torch.Tensor | LazyTensor) -> Iterator[memoryview]:
+    if isinstance(source, LazyTensor) and source.pieces is not None:
+        yield from source.pieces()
+    else:
+        yield bytes_of(name, source)
 
 
 def bytes_of(name: str, source: torch.Tensor | LazyTensor) -> memoryview:
@@ -137,6 +160,20 @@ class MappedFile:
             while view and (count := file.readinto(view)):
                 view = view[count:]
         return raw.view(dtype).view(last - first, *entry.shape[1:])
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The tensor's bytes, in pieces that share one block of memory."""
+        entry, _ = self._sized(name)
+        block = memoryview(bytearray(min(PIECE_BYTES, entry.end - entry.begin)))
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(entry.begin)
+            left = entry.end - entry.begin
+            while left:
+                count = file.readinto(block[:left])
+                if not count:
+                    raise corrupt(self.path, f"{name} ends {left:,} bytes early")
+                yield block[:count]
+                left -= count
 
     def _sized(self, name: str) -> tuple[Entry, torch.dtype]:
         entry = self.entries[name]

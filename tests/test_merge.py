@@ -16,6 +16,7 @@ from test_adapters import BASES, IDS, randomize, theirs_of  # noqa: E402
 
 from llmctl.checkpoint import open_tensors  # noqa: E402
 from llmctl.errors import CalledWrongly, CheckFailed, UserError  # noqa: E402
+from llmctl.finetune import adapter, methods  # noqa: E402
 from llmctl.finetune.combining import combine  # noqa: E402
 from llmctl.finetune.merge import MergeSettings, merge  # noqa: E402
 from llmctl.models.loading import load_model  # noqa: E402
@@ -155,3 +156,110 @@ def test_the_command(tmp_path):
     assert done.stdout == f"{tmp_path / 'ours'}\n" and "KL divergence" in done.stderr
     again = subprocess.run(command, input=f"{adapter}\n", capture_output=True, text=True)
     assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+SMALL = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 64, "vocab_size": 96, "d_kv": 8}
+SEQ2SEQ = {
+    "t5": lambda: transformers.T5Config(**SMALL, decoder_start_token_id=0),
+    "bart": lambda: transformers.BartConfig(
+        vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
+        pad_token_id=1, bos_token_id=0, eos_token_id=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", SEQ2SEQ)
+@pytest.mark.parametrize("method", ["linear", "svd"])
+def test_encoder_decoders_equal_pefts_merge(tmp_path, family, method):
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    transformers.AutoModelForSeq2SeqLM.from_config(SEQ2SEQ[family]()).save_pretrained(base)
+    targets = ["q", "v"] if family == "t5" else ["q_proj", "v_proj"]
+    config = peft.LoraConfig(r=4, target_modules=targets, task_type="SEQ_2_SEQ_LM")
+    theirs = peft.get_peft_model(transformers.AutoModelForSeq2SeqLM.from_pretrained(base), config)
+    randomize(theirs, 0)
+    theirs.save_pretrained(tmp_path / "adapter")
+    settings = MergeSettings(method=method)  # of rank 16, which the change does not exceed
+    merged = merge(base, [tmp_path / "adapter"], tmp_path / "ours", settings)
+    assert merged.agreement.max_logit_error < 1e-4 and merged.agreement.perplexity_before > 1
+    back = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "ours").eval()
+    how = {"input_ids": IDS % 96, "decoder_input_ids": IDS[:, :7] % 96}
+    with torch.no_grad():
+        expected = theirs.eval()(**how).logits
+        plain = transformers.AutoModelForSeq2SeqLM.from_pretrained(base).eval()(**how).logits
+        assert (plain - expected).abs().max() > 1e-2
+        assert (back(**how).logits - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("family", "has_head"), [("llama", True), ("llama", False), ("bert", True)])
+def test_classifiers_equal_pefts_merge(tmp_path, family, has_head):
+    """An adapter of a classifier brings the head, to a base with one or to a language model."""
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    if family == "llama":
+        shape = BASES["llama"](pad_token_id=0, num_labels=3)
+        plain = transformers.AutoModelForCausalLM
+    else:
+        shape = transformers.BertConfig(
+            vocab_size=96,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            num_labels=3,
+        )
+        plain = transformers.AutoModelForMaskedLM
+    kind = transformers.AutoModelForSequenceClassification
+    (kind if has_head else plain).from_config(shape).save_pretrained(base)
+    theirs = kind.from_pretrained(base, num_labels=3)
+    targets = ["q_proj", "v_proj"] if family == "llama" else ["query", "value"]
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=targets, task_type="SEQ_CLS"))
+    randomize(theirs, 0)
+    theirs.save_pretrained(tmp_path / "adapter")
+    merged = merge(base, [tmp_path / "adapter"], tmp_path / "ours", MergeSettings())
+    assert merged.agreement.max_logit_error < 1e-4
+    back, info = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not info["missing_keys"] and back.config.num_labels == 3
+    with torch.no_grad():
+        expected = theirs.eval()(IDS % 90 + 2).logits
+        assert (back.eval()(IDS % 90 + 2).logits - expected).abs().max() < 1e-4
+        ours = load_model(tmp_path / "ours")(IDS % 90 + 2)
+        assert (ours - expected).abs().max() < 1e-4 and ours.std() > 1e-3
+
+
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_an_embedding_that_is_the_head_too(tmp_path, whose):
+    """Where we train it whole the head learns with it; peft's head stays what it was. Both say so in the file."""
+    torch.manual_seed(0)
+    base, adapter_ = tmp_path / "base", tmp_path / "adapter"
+    config = BASES["llama"](tie_word_embeddings=True)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(base)
+    if whose == "ours":
+        method = methods.Lora(rank=4, targets=("q_proj",), modules_to_save=("embed_tokens",))
+        model = load_model(base, torch.float32)
+        adapter.attach(model, method)
+        randomize(model)
+        adapter_.mkdir()
+        adapter.save(model.eval(), method, adapter_, str(base))
+        expected = model(IDS).detach()
+        theirs = peft.PeftModel.from_pretrained(plain, adapter_).eval()
+        with torch.no_grad():
+            assert (theirs(IDS).logits - expected).abs().max() < 1e-4
+    else:
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+        theirs = peft.get_peft_model(plain, config).eval()
+        randomize(theirs)
+        theirs.save_pretrained(adapter_)
+        expected = theirs(IDS).logits.detach()
+    again = load_model(base, torch.float32)
+    adapter.load(again, adapter_)
+    merged = merge(base, [adapter_], tmp_path / "merged", MergeSettings())
+    with torch.no_grad():
+        assert (again(IDS) - expected).abs().max() < 1e-4
+        assert (logits(tmp_path / "merged") - expected).abs().max() < 1e-4
+        assert (logits(base) - expected).abs().max() > 1e-2
+    assert merged.agreement.max_logit_error < 1e-4
+    is_tied = json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+    assert is_tied == (whose == "ours")

@@ -14,6 +14,7 @@ from llmctl import checkpoint, files
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune import bottleneck, ia3, lora, lora_files, methods, soft_prompt
 from llmctl.finetune.sites import find_sites, plain_name
+from llmctl.finetune.untying import untie
 from llmctl.models import config_classifier, families, weights
 from llmctl.models.config import Classifier, ModelConfig
 from llmctl.models.loading import usual_classifier
@@ -120,6 +121,10 @@ def _to_peft(model: nn.Module, method: methods.Method) -> tuple[dict[str, torch.
     if isinstance(method, methods.Lora):
         tensors, said = lora_files.to_peft(model, method)
         whole = _whole_tensors(model, _beside_head(model, method.modules_to_save))
+        if model.config.predicts_tokens and model.config.tie_embeddings:
+            embedding, head = tied_names(model.config)
+            if embedding in whole:  # PEFT parts the two
+                whole[head] = whole[embedding]
         # whole names: PEFT takes "norm" for every module whose name ends in these letters
         modules = sorted({name.rpartition(".")[0] for name in whole})
         return tensors | whole, dataclasses.replace(said, modules_to_save=tuple(modules))
@@ -194,6 +199,12 @@ def _with_modules(config: dict, head: list[str]) -> dict:
     return {**config, "modules_to_save": [*(config["modules_to_save"] or ()), *head]}
 
 
+def tied_names(config: ModelConfig) -> tuple[str, str]:
+    """Of an embedding and of a head that is the same matrix, in the files of the family."""
+    rows = {row.ours[0]: row.theirs for row in families.find(config.family).WEIGHTS}
+    return rows["embed_tokens.weight"], rows.get("lm_head.weight", "lm_head.weight")
+
+
 def _whole_tensors(model: nn.Module, modules: tuple[str, ...]) -> dict[str, torch.Tensor]:
     return _tensors_of(model, _whole_rows(model, modules))
 
@@ -205,6 +216,13 @@ def _tensors_of(model: nn.Module, rows) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _load_whole(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    tensors = dict(tensors)
+    if model.config.predicts_tokens and model.config.tie_embeddings:
+        embedding, head = tied_names(model.config)
+        if embedding in tensors and head in tensors and torch.equal(tensors[embedding], tensors[head]):
+            del tensors[head]
+        elif embedding in tensors or head in tensors:  # PEFT's head keeps the matrix that the embedding had
+            untie(model)
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     left = dict(tensors)

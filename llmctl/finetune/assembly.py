@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,12 +95,12 @@ class Assembly:
         return next((path for path, _ in reversed(self.adapters) if has(path)), self.base)
 
 
-def refuse_other_base(path: Path, base: Path) -> None:
-    """Raise UserError where an adapter's lineage says that it was trained on another base."""
+def refuse_other_base(path: Path, base: Path, sha256: Callable[[], str] | None = None) -> None:
+    """Raise UserError where an adapter's lineage says that it was trained on another base; `sha256()` is that of `base`."""
     record = lineage.read(path)
     if record is None or record.parent_sha256 is None:
         return
-    if record.parent_sha256 != (found := lineage.weights_sha256(base)):
+    if record.parent_sha256 != (found := sha256() if sha256 else lineage.weights_sha256(base)):
         raise UserError(
             f"{path}: trained on another base ({record.parent_sha256[:12]}; {base} is {found[:12]})",
             hint="--force uses it all the same",

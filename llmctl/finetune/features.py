@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from llmctl.data.packing import IGNORE, permuted
+from llmctl.finetune.untying import untie
 from llmctl.models.language_model import LanguageModel
-from llmctl.models.linear import Linear
 from llmctl.train.feed import Rows
 from llmctl.train.hardware import autocast
 
@@ -104,9 +104,7 @@ def freeze_backbone(model: LanguageModel) -> LanguageModel:
     """
     config = model.config
     if config.predicts_tokens and config.tie_embeddings and config.kind != "masked":
-        model.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
-        model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.detach().clone())
-        model.config = replace(config, tie_embeddings=False)
+        untie(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(HEAD))
     return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +17,16 @@ import torch
 
 from llmctl import agreement, allocator, checkpoint, files, lineage
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.finetune import adapter
+from llmctl.finetune import adapter, merge_check
 from llmctl.finetune.assembly import refuse_other_base
 from llmctl.finetune.changes import AdapterChanges, refuse_strangers
 from llmctl.finetune.combining import combine
 from llmctl.finetune.merge_settings import MergeSettings
 from llmctl.models.config import ModelConfig
-from llmctl.models.loading import read_config
+from llmctl.models.loading import read_config, write_config
 from llmctl.models.streaming import StreamedModel
 from llmctl.quantize.stored import CONFIG_KEY, open_weights
 from llmctl.tensor_file import LazyTensor
-from llmctl.tokenization.files import has_tokenizer
-from llmctl.tokenizer import Tokenizer
 
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight", "word_embeddings.weight")
@@ -50,60 +49,81 @@ def merge(base: str | Path, adapters: Sequence[str | Path], output: str | Path, 
     base = Path(base)
     weights = _weights(settings, len(adapters))
     config = read_config(base)
-    changes = [AdapterChanges(path, config.family) for path in adapters]
     stored = open_weights(base)
-    for change in changes:
-        refuse_strangers(change, set(stored.keys()))
-        if not (settings.force or settings.unmerge):
-            refuse_other_base(change.path, base)
-        if settings.unmerge and not change.can_be_undone:
-            raise UserError(
-                f"{change.path}: what it replaced cannot be restored from the result (DoRA, modules to save)"
-            )
-    plan = _Plan(stored, changes, weights, settings)
-    with files.staged_directory(output, settings.overwrite) as directory:
-        tensors, untied = plan.tensors(config)
-        checkpoint.save_tensors(directory, tensors)
+    changes = [_change(path, config.family, stored, settings) for path in adapters]
+    plan = _Plan(_with_head(config, changes), stored, changes, weights, settings)
+    with ThreadPoolExecutor(2) as beside, files.staged_directory(output, settings.overwrite) as directory:
+        parent = beside.submit(lineage.weights_sha256, base)
+        tensors, untied = plan.tensors()
+        digests = checkpoint.save_tensors(directory, tensors, hashed=True)
+        flushing = [beside.submit(files.flush, directory / name) for name in digests]
         _copy_companions(base, [change.path for change in changes], directory, untied)
+        if plan.config.classifier and not config.classifier:
+            write_config(plan.config, stored.dtype(next(iter(stored))), directory)
+        if not (settings.force or settings.unmerge):
+            for change in changes:
+                refuse_other_base(change.path, base, parent.result)
         found = _check(base, directory, plan, weights, settings)
         agreement.require(found, settings.tolerance)
-        lineage.write(
-            directory,
-            lineage.Lineage(
-                command="merge-lora",
-                recipe={"base": str(base), "adapters": [str(path) for path in adapters], **vars(settings)},
-                seed=settings.seed,
-                parent_sha256=lineage.weights_sha256(base),
-                metrics=found.as_dict(),
-            ),
-        )
+        recipe = {"base": str(base), "adapters": [str(path) for path in adapters], **vars(settings)}
+        how = {"seed": settings.seed, "parent_sha256": parent.result(), "metrics": found.as_dict()}
+        lineage.write(directory, lineage.Lineage(command="merge-lora", recipe=recipe, **how), digests)
+        for each in flushing:
+            each.result()
     return Merged(Path(output), len(plan.touched), found)
+
+
+def _change(path: str | Path, family: str, stored: checkpoint.TensorFiles, settings: MergeSettings) -> AdapterChanges:
+    change = AdapterChanges(path, family)
+    refuse_strangers(change, set(stored.keys()))
+    if settings.unmerge and not change.can_be_undone:
+        raise UserError(f"{change.path}: what it replaced cannot be restored from the result (DoRA, modules to save)")
+    return change
 
 
 class _Plan:
     """Every tensor of the result, made when it is written."""
 
-    def __init__(self, stored: checkpoint.TensorFiles, changes, weights: Sequence[float], settings: MergeSettings):
-        self.stored, self.changes, self.weights, self.settings = stored, changes, weights, settings
+    def __init__(
+        self,
+        config: ModelConfig,
+        stored: checkpoint.TensorFiles,
+        changes: Sequence[AdapterChanges],
+        weights: Sequence[float],
+        settings: MergeSettings,
+    ):
+        """`config` is that of the result."""
+        self.config, self.stored, self.changes, self.weights, self.settings = config, stored, changes, weights, settings
         self.touched = [name for name in stored.keys() if any(change.touches(name) for change in changes)]
 
-    def tensors(self, config: ModelConfig) -> tuple[dict[str, LazyTensor], bool]:
+    def tensors(self) -> tuple[dict[str, LazyTensor], bool]:
         """(tensors by name, whether the head had to part from a changed embedding that it was tied to)."""
         tensors = {name: self.stored.lazy(name) for name in self.stored.keys()}
         for name in self.touched:
             tensors[name] = LazyTensor(
                 self.stored.shape(name), self.stored.dtype(name), lambda name=name: self._rounded(name)
             )
-        head = self.own_head(config)
+        for name, whole in self._new_tensors().items():
+            tensors[name] = LazyTensor(tuple(whole.shape), whole.dtype, lambda whole=whole: whole)
+        head = self.own_head()
         return tensors | ({} if head is None else {HEAD: head}), head is not None
 
-    def own_head(self, config: ModelConfig) -> LazyTensor | None:
+    def _new_tensors(self) -> dict[str, torch.Tensor]:
+        """A classifier's head, which the base does not have."""
+        if self.config.classifier is None:
+            return {}
+        return {name: c.tensor(name) for c in self.changes for name in c.whole if name not in self.stored}
+
+    def own_head(self) -> LazyTensor | None:
         """Of a base whose head is its embedding: what the head is now, where only one of the two has changed."""
-        if not config.tie_embeddings or HEAD in self.stored:
+        if self.config.classifier or not self.config.tie_embeddings or HEAD in self.stored:
             return None
         for change in self.changes:
             if HEAD in change.whole:
                 whole = change.tensor(HEAD)
+                embedding = next((name for name in change.whole if name.endswith(EMBEDDINGS)), None)
+                if embedding is not None and torch.equal(change.tensor(embedding), whole):
+                    return None  # both have changed alike
                 return LazyTensor(tuple(whole.shape), whole.dtype, lambda whole=whole: whole)
         embedding = next((name for name in self.touched if name.endswith(EMBEDDINGS)), None)
         return None if embedding is None else self.stored.lazy(embedding)
@@ -126,25 +146,31 @@ class _Plan:
 
 
 def _check(base: Path, merged: Path, plan: _Plan, weights, settings: MergeSettings) -> agreement.Agreement:
-    """Base with the adapters beside it against the file that was written; both in float32, one matrix in memory."""
-    is_alone = len(plan.changes) == 1 and weights[0] == 1.0 and not plan.changes[0].whole
-    if (
-        (is_alone or all(change.is_plain_sum for change in plan.changes))
-        and settings.method == "linear"
-        and not settings.unmerge
-    ):
+    """Base with the adapters beside it against the file that was written, in the precision in which the base is kept.
 
-        def attach(model):
-            for change, weight in zip(plan.changes, weights, strict=True):
-                adapter.load(model, change.path, weight)
-
-        before = StreamedModel(base, change=attach)
-    else:
-        head = plan.own_head(read_config(base))
+    Where adapters do not simply add up, it is what was meant, in float32, against what was written.
+    """
+    dtype = merge_check.dtype_of(plan.config)
+    is_alone = len(plan.changes) == 1 and weights[0] == 1.0
+    adds_up = is_alone or all(change.is_plain_sum for change in plan.changes)
+    if not adds_up or settings.method != "linear" or settings.unmerge:
+        dtype, head = torch.float32, plan.own_head()
         before = StreamedModel(base, replaced=plan.exact, head_VD=None if head is None else head.load())
-    tokenizer = Tokenizer.load(base) if has_tokenizer(base) else None
-    probes = agreement.probe_ids(tokenizer, before.config.vocab_size)
-    return agreement.measure(before.logits, StreamedModel(merged).logits, probes)
+    elif any(change.whole for change in plan.changes):
+        before = merge_check.Assembled(base, plan.changes[0], dtype)
+    else:
+        before = StreamedModel(base, dtype, merge_check.attached(plan.changes, weights))
+    return merge_check.compare(base, before, StreamedModel(merged, dtype))
+
+
+def _with_head(config: ModelConfig, changes: Sequence[AdapterChanges]) -> ModelConfig:
+    """The config of the result, which is a classifier where an adapter brings a head."""
+    found = [head for head in (adapter.classifier_of(change.path, config) for change in changes) if head is not None]
+    if not found:
+        return config
+    if len(changes) > 1:
+        raise UserError(f"{changes[0].path}: a classifier's adapter is merged alone: its head is its own")
+    return config.classifying(found[0])
 
 
 def _weights(settings: MergeSettings, count: int) -> list[float]:
