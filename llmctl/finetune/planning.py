@@ -25,8 +25,10 @@ EPOCHS = 3.0
 STEPS_PER_EPOCH = 32
 """As many as the default batch leaves of a small set: fewer teach little, however good each is."""
 
-RATES = {"full": 3e-4, "freeze": 3e-4, "feature": 3e-3, "lora": 3e-3, "qlora": 3e-3, "adapter": 1e-3}
+RATES = {"full": 1.28e-3, "freeze": 1.28e-3, "feature": 3e-3, "lora": 3e-3, "qlora": 3e-3, "adapter": 1e-3}
 """Peak rates at width 128; they fall with the width, to 2e-5 (full) and 2e-4 (lora) at 2048."""
+STEEP = ("full", "freeze")
+"""Methods whose rates fall with the width to the power of 1.5, not 1: small models forgive, and need, much larger ones."""
 FIXED_RATES = {"ia3": 3e-3, "prompt": 3e-2, "prefix": 3e-2}
 """Of factors around one, and of what stands among activations: the width does not matter."""
 HEAD_RATE = 3e-3
@@ -92,7 +94,8 @@ def learning_rate(settings: FinetuneSettings, objective: str, d_model: int) -> f
     if method == "freeze" and not (settings.train_layers or settings.train_modules):
         rate = HEAD_RATE * 128 / d_model
     else:
-        rate = FIXED_RATES[method] if method in FIXED_RATES else RATES[method] * 128 / d_model
+        narrowness = (128 / d_model) ** (1.5 if method in STEEP else 1.0)
+        rate = FIXED_RATES[method] if method in FIXED_RATES else RATES[method] * narrowness
     return rate * (COMPARISON_SHARE if objective in RULES else 1.0)
 
 
