@@ -147,3 +147,25 @@ def test_encoder_decoders_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["T5ForSequenceClassification"]}))
     with pytest.raises(UserError, match="decoders and encoders"):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_mean_of_all_tokens_is_that_of_real_ones(tmp_path, family):
+    """Padded, packed and alone; and a config that says so is read again."""
+    config = type(CONFIGS[family])(**{**CONFIGS[family].to_dict(), "id2label": NAMES, "num_labels": 3})
+    checks.reference(config, tmp_path, AUTO)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**hf, "classifier_pooling": "mean"}))
+    model = load_model(tmp_path)
+    ids, mask = inputs()["input_ids"], inputs()["attention_mask"]
+    with torch.no_grad():
+        padded = model(ids, mask)
+        alone = torch.cat([model(ids[:1]), model(ids[1:, :15])])
+        documents = torch.tensor([[0] * 24 + [1] * 15])
+        packed = model(torch.cat([ids[:1], ids[1:, :15]], 1), documents_BT=documents)
+        hidden_TD = model.hidden(ids[1:, :15])[0]
+        torch.testing.assert_close(model.features(ids[1:, :15])[0], hidden_TD.mean(0))
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-4)
+    save_model(model, tmp_path)
+    assert read_config(tmp_path).classifier.at == "mean"

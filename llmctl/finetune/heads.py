@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
 
-from llmctl.errors import UserError
+from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune.data.examples import LABELLED
 from llmctl.finetune.data.store import ExampleSet
 from llmctl.models.config import Classifier, ModelConfig
 from llmctl.models.loading import usual_classifier
 from llmctl.tokenizer import Tokenizer
 
+log = logging.getLogger("llmctl")
+
 HEADED = (*LABELLED, "reward")
 """Objectives of a classifier."""
 _ONLY = {"regress": "value", "reward": "reward"}
 
 
-def classifier_for(examples: ExampleSet, config: ModelConfig) -> Classifier | None:
+def classifier_for(examples: ExampleSet, config: ModelConfig, pooling: str | None = None) -> Classifier | None:
     """The classifier that the examples ask for: the base's own if it is one; None where tokens are predicted.
 
-    Raises UserError where base and examples do not fit each other.
+    A fresh one reads the family's usual token, or by `pooling` the first, the last, or the mean of all. Raises UserError
+    where base and examples do not fit each other, CalledWrongly for a `pooling` that has no place.
     """
     objective, base = examples.objective, config.classifier
+    if pooling is not None and (objective not in HEADED or base is not None):
+        what = "the model is a classifier already" if base is not None else f"the objective is {objective}"
+        raise CalledWrongly(f"--pooling is for the fresh head of a classifier, and {what}")
     if objective not in HEADED:
         if base is not None:
             raise UserError(
@@ -41,7 +48,13 @@ def classifier_for(examples: ExampleSet, config: ModelConfig) -> Classifier | No
     if problem == "single_label_classification" and len(labels) == 1:
         raise UserError(f"all rows have the label {labels[0]!r}: nothing to tell apart")
     pad_id = _pad_id(examples.tokenizer, config)
-    return replace(usual_classifier(config), labels=labels, problem=problem, pad_id=pad_id)
+    usual = usual_classifier(config)
+    if pooling not in (None, usual.at):
+        log.warning(
+            "transformers reads a classifier of this family at the %s token: what it makes of the result is something else",
+            usual.at,
+        )
+    return replace(usual, labels=labels, problem=problem, pad_id=pad_id, at=pooling or usual.at)
 
 
 def known_labels(config: ModelConfig) -> tuple[str, ...] | None:

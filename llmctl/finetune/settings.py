@@ -9,7 +9,7 @@ from llmctl.data.masking_settings import MaskingSettings
 from llmctl.finetune.data.settings import DataSettings
 from llmctl.train.settings import OPTIMIZER, REGULARIZATION, RunSettings, flag
 
-METHOD, PREFERENCE, EARLIER = "Method", "Preferences", "Earlier task and teacher"
+METHOD, LABELS, PREFERENCE, EARLIER = "Method", "Labels", "Preferences", "Earlier task and teacher"
 SOFT = ("prompt", "prefix")
 """Methods of virtual tokens in front of each text."""
 
@@ -65,6 +65,16 @@ class MethodSettings:
 
 
 @dataclass(frozen=True)
+class LabelSettings:
+    pooling: Literal["first", "last", "mean"] | None = flag(
+        None,
+        "What a fresh head for labels, measures or rewards reads of a text: its first token, its last, or the mean of all.",
+        LABELS,
+        show_default="as transformers does: first in encoders, last in decoders",
+    )
+
+
+@dataclass(frozen=True)
 class PreferenceSettings:
     beta: float | None = flag(
         None,
@@ -101,7 +111,9 @@ class EarlierSettings:
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(RunSettings, MaskingSettings, EarlierSettings, PreferenceSettings, MethodSettings, DataSettings):
+class FinetuneSettings(
+    RunSettings, MaskingSettings, EarlierSettings, PreferenceSettings, LabelSettings, MethodSettings, DataSettings
+):
     optimizer: Literal["adamw", "muon"] = flag("adamw", "muon is for the matrices, with AdamW for the rest.", OPTIMIZER)
     schedule: Literal["cosine", "linear", "wsd"] = flag(
         "cosine",

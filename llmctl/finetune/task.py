@@ -100,7 +100,7 @@ class Finetuning(Task):
         planning.refuse_extras(self.settings, self.examples.objective, self.config)
         planning.refuse_quantized(self.settings, self.config)
         self._has_head = self.config.classifier is not None
-        self._classifier = heads.classifier_for(self.examples, self.config)
+        self._classifier = heads.classifier_for(self.examples, self.config, self.settings.pooling)
         if self._classifier is not None:
             self.config = self.config.classifying(self._classifier)
         return self.examples.sha256

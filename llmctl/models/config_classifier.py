@@ -13,15 +13,16 @@ ARCHITECTURE = "ForSequenceClassification"
 
 @dataclass(frozen=True)
 class Classifier:
-    """From the hidden state of a text's first or last token to one number for each label: x -> tanh(dense(x)) -> out.
+    """From the hidden state of a text's first or last token, or the mean over all of them, to one number for each label:
+    x -> tanh(dense(x)) -> out.
 
-    The last token is the last that is not `pad_id`, as in transformers. `problem` None: regression for one label, else
+    The last token is the last that is not `pad_id`, as in transformers; its key for the mean is ModernBERT's. `problem` None: regression for one label, else
     one of the labels.
     """
 
     labels: tuple[str, ...] = ()
     problem: Problem | None = None
-    at: Literal["first", "last"] = "last"
+    at: Literal["first", "last", "mean"] = "last"
     dense: bool = False
     bias: bool = False
     pad_id: int | None = None
@@ -54,7 +55,8 @@ def from_hf(hf: Mapping[str, Any], usual: Classifier) -> Classifier:
     names = {int(number): name for number, name in (hf.get("id2label") or {}).items()}
     count = len(names) or hf.get("num_labels", 2)
     labels = tuple(str(names.get(i, f"LABEL_{i}")) for i in range(count))
-    return replace(usual, labels=labels, problem=hf.get("problem_type"), pad_id=hf.get("pad_token_id"))
+    at = "mean" if hf.get("classifier_pooling") == "mean" else usual.at
+    return replace(usual, labels=labels, problem=hf.get("problem_type"), pad_id=hf.get("pad_token_id"), at=at)
 
 
 def to_hf(classifier: Classifier, architectures: Sequence[str]) -> dict[str, Any]:
@@ -70,5 +72,6 @@ def labels_to_hf(classifier: Classifier) -> dict[str, Any]:
         "id2label": {str(number): name for number, name in enumerate(classifier.labels)},
         "label2id": {name: number for number, name in enumerate(classifier.labels)},
         "problem_type": classifier.problem,
+        **({"classifier_pooling": "mean"} if classifier.at == "mean" else {}),
         **({} if classifier.pad_id is None else {"pad_token_id": classifier.pad_id}),
     }

@@ -82,21 +82,18 @@ class SequenceClassifier:
         documents_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """What the head gets of each text, [B, D] or [N, D]."""
+        how = {"types_BT": types_BT, "documents_BT": documents_BT}
+        if self.config.classifier.at == "mean":
+            _, text_BT, is_real_BT = _texts(input_ids_BT, attention_mask_BT, documents_BT)
+            return _means(self.hidden(input_ids_BT, attention_mask_BT, **how), text_BT, is_real_BT)
         read_BT, rows_N, columns_N = self._places(input_ids_BT, attention_mask_BT, documents_BT)
-        hidden_BTD = self.hidden(
-            input_ids_BT, attention_mask_BT, types_BT=types_BT, documents_BT=documents_BT, **self._all_seeing(read_BT)
-        )
+        hidden_BTD = self.hidden(input_ids_BT, attention_mask_BT, **how, **self._all_seeing(read_BT))
         return hidden_BTD[rows_N, columns_N]
 
     def _places(self, input_ids_BT, attention_mask_BT, documents_BT) -> tuple[torch.Tensor, ...]:
         """Where each text is read: as bool [B, T], and as row and column of text n."""
-        starts_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
-        starts_BT[:, 0] = True
-        if documents_BT is not None:
-            starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
-        text_BT = starts_BT.flatten().cumsum(0).view_as(input_ids_BT) - 1
+        starts_BT, text_BT, is_real_BT = _texts(input_ids_BT, attention_mask_BT, documents_BT)
         is_last, width = self.config.classifier.at == "last", input_ids_BT.shape[1]
-        is_real_BT = torch.ones_like(starts_BT) if attention_mask_BT is None else attention_mask_BT != 0
         if is_last and self.config.classifier.pad_id is not None:
             is_real_BT = is_real_BT & (input_ids_BT != self.config.classifier.pad_id)
         columns_BT = torch.arange(width, device=input_ids_BT.device).expand_as(input_ids_BT)
@@ -113,6 +110,26 @@ class SequenceClassifier:
         """Where attention is local, the token that is read sees all and is seen by all (Longformer's usage)."""
         is_local = any(isinstance(block.mixer, config.LocalAttention) for block in self.config.blocks)
         return {"global_BT": read_BT} if is_local else {}
+
+
+def _texts(input_ids_BT, attention_mask_BT, documents_BT) -> tuple[torch.Tensor, ...]:
+    """[B, T] each: whether a text begins there, the number of the text, and whether the token is none of padding."""
+    starts_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    starts_BT[:, 0] = True
+    if documents_BT is not None:
+        starts_BT[:, 1:] = documents_BT[:, 1:] != documents_BT[:, :-1]
+    text_BT = starts_BT.flatten().cumsum(0).view_as(input_ids_BT) - 1
+    is_real_BT = torch.ones_like(starts_BT) if attention_mask_BT is None else attention_mask_BT != 0
+    return starts_BT, text_BT, is_real_BT
+
+
+def _means(hidden_BTD: torch.Tensor, text_BT: torch.Tensor, is_real_BT: torch.Tensor) -> torch.Tensor:
+    """Of each text's hidden states, float32 [N, D]."""
+    texts_M, hidden_MD = text_BT[is_real_BT], hidden_BTD[is_real_BT].float()
+    n_texts = int(text_BT.max()) + 1
+    sums_ND = hidden_MD.new_zeros(n_texts, hidden_MD.shape[1]).index_add(0, texts_M, hidden_MD)
+    counts_N = torch.bincount(texts_M, minlength=n_texts).clamp(min=1)
+    return sums_ND / counts_N[:, None]
 
 
 class CausalClassifier(SequenceClassifier, CausalLM):
