@@ -19,6 +19,7 @@ from pathlib import Path
 
 HELD_OUT, SIZES = 500, (50, 200, 1000)
 METHODS = {
+    "feature": ["--method", "feature"],
     "head": ["--method", "freeze"],
     "lora": ["--method", "lora", "--targets", "all-linear"],
     "full": ["--method", "full"],
