@@ -33,6 +33,8 @@ FIXED_RATES = {"ia3": 3e-3, "prompt": 3e-2, "prefix": 3e-2}
 """Of factors around one, and of what stands among activations: the width does not matter."""
 HEAD_RATE = 3e-3
 """At width 128, where nothing but a classifier's head learns."""
+LABEL_SHARE = 0.25
+"""Of the rate of `STEEP` methods under a fresh head: what tells texts apart is a small part of what the model says of them."""
 COMPARISON_SHARE = 0.1
 """Of the rate: answers are compared in whole sequences, and steps as large as those of tokens undo what the model knows."""
 
@@ -92,10 +94,11 @@ def default_batch_size(rows_per_epoch: int, seq_len: int, device: torch.device) 
 def learning_rate(settings: FinetuneSettings, objective: str, d_model: int) -> float:
     method = settings.method
     if method == "freeze" and not (settings.train_layers or settings.train_modules):
-        rate = HEAD_RATE * 128 / d_model
-    else:
-        narrowness = (128 / d_model) ** (1.5 if method in STEEP else 1.0)
-        rate = FIXED_RATES[method] if method in FIXED_RATES else RATES[method] * narrowness
+        return HEAD_RATE * 128 / d_model * (COMPARISON_SHARE if objective in RULES else 1.0)
+    narrowness = (128 / d_model) ** (1.5 if method in STEEP else 1.0)
+    rate = FIXED_RATES[method] if method in FIXED_RATES else RATES[method] * narrowness
+    if objective in HEADED and method in STEEP:
+        rate *= LABEL_SHARE
     return rate * (COMPARISON_SHARE if objective in RULES else 1.0)
 
 
