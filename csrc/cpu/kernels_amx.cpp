@@ -2,6 +2,7 @@
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
+#include "cpu/linear_amx.h"
 #include "cpu/linear_tile.h"
 #include "cpu/quantize_row.h"
 #include "cpu/quantized_tiles.h"
@@ -14,6 +15,7 @@
 const llmctl::Kernels llmctl::amx_kernels = {
     linear_piece<FloatDot<Avx512Bf16, float>, 6>,
     linear_piece<Bf16Dot, 6>,
+    {pack_for_tiles, linear_on_tiles},
     quantize_row<Avx512Bf16, float>,
     quantize_row<Avx512Bf16, Bf16>,
     quantized_tiles_piece<Avx512VnniOf<Avx512Bf16>, float, 4>,

@@ -6,6 +6,7 @@
 #include "cpu/kernels.h"
 #include "cpu/linear_pieces.h"
 #include "cpu/pool.h"
+#include "cpu/scratch.h"
 #include "llmctl.h"
 
 namespace llmctl {
@@ -38,7 +39,34 @@ void for_linear_pieces(const Linear& c, int64_t weight_bits, const std::function
     });
 }
 
+namespace {
+
+// Outputs per piece: as many as let a thread's weights and rows stay in the second-level cache, and a few for each thread.
+int64_t tile_outs(const Linear& c) {
+    const int64_t shares = 3 * threads();
+    if (c.n_rows > tile_side) return std::clamp<int64_t>(c.n_out / shares / 32 * 32, 32, 128);
+    const int64_t worthwhile = work_per_piece / std::max<int64_t>(1, c.n_in * c.n_rows) / 16 * 16;
+    return std::max<int64_t>(16, worthwhile);
+}
+
+void run_on_tiles(const LinearTiles& kernel, const Linear& c) {
+    if (c.n_rows == 0 || c.n_out == 0) return;
+    thread_local Scratch memory;
+    const int64_t blocks = pieces(c.n_rows, tile_side), columns = pieces(c.n_in, tile_step * tile_steps) * tile_step * tile_steps;
+    char* packed = memory.room(pieces(blocks, 2) * 2 * tile_side * columns * 2);
+    parallel_for(blocks, [&](int64_t i) { kernel.pack(c, i, packed); });
+    const int64_t outs = tile_outs(c), out_pieces = pieces(c.n_out, outs);
+    parallel_for(pieces(c.n_rows, tiles_max_rows) * out_pieces, [&](int64_t i) {
+        const int64_t row = i / out_pieces * tiles_max_rows, out = i % out_pieces * outs;
+        kernel.multiply(c, packed, {row, std::min(row + tiles_max_rows, c.n_rows), out, std::min(out + outs, c.n_out)});
+    });
+}
+
+}  // namespace
+
 void run_linear(int32_t dtype, const Linear& call) {
+    const LinearTiles& tiles = kernels().linear_tiles_bf16;
+    if (dtype == LLMCTL_BF16 && tiles.multiply != nullptr) return run_on_tiles(tiles, call);
     const bool is_float = dtype == LLMCTL_F32;
     const LinearKernel kernel = is_float ? kernels().linear_f32 : kernels().linear_bf16;
     for_linear_pieces(call, is_float ? 32 : 16, [&](const LinearPiece& piece) { kernel(call, piece); });

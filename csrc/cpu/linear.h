@@ -25,6 +25,15 @@ constexpr int64_t linear_max_rows = 192, linear_max_outs = 64;
 
 using LinearKernel = void (*)(const Linear&, const LinearPiece&);
 
+// For bfloat16 on a tile unit, or null. First each block of tile_side rows of x is packed, into memory for an
+// even number of them of n_in, filled up to a multiple of tile_step * tile_steps, columns; then come pieces of at most
+// tiles_max_rows rows, the first row and output multiples of 2 * tile_side.
+struct LinearTiles {
+    void (*pack)(const Linear&, int64_t block, void* packed);
+    void (*multiply)(const Linear&, const void* packed, const LinearPiece&);
+};
+constexpr int64_t tile_side = 16, tile_step = 32, tile_steps = 8, tiles_max_rows = 512;
+
 // The whole product on the threads of the pool; dtype (LLMCTL_F32, LLMCTL_BF16) is that of all four.
 void run_linear(int32_t dtype, const Linear& call);
 

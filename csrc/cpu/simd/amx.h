@@ -6,19 +6,19 @@
 namespace llmctl {
 namespace {
 
-// While it lives, tiles 0 to 3 are 16 rows of 16 sums, 4 and 5 are 16 rows of `columns` bytes (a multiple of 4), and 6 and
-// 7 have a row for each four of these columns.
+// While it lives, tiles 0 to 3 are 16 rows of `columns` sums, 4 and 5 are 16 rows of `depth` bytes (a multiple of 4), and 6
+// and 7 have a row for each four of these bytes.
 class Tiles {
 public:
-    explicit Tiles(int columns) {
+    explicit Tiles(int depth, int columns = 16) {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
             uint8_t rows[16] = {};
         } config;
         for (int tile = 0; tile < 8; ++tile) {
-            config.row_bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? columns : 64);
-            config.rows[tile] = static_cast<uint8_t>(tile < 6 ? 16 : columns / 4);
+            config.row_bytes[tile] = static_cast<uint16_t>(tile == 4 || tile == 5 ? depth : columns * 4);
+            config.rows[tile] = static_cast<uint8_t>(tile < 6 ? 16 : depth / 4);
         }
         asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
     }
