@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from llmctl.errors import CalledWrongly
-from llmctl.evaluate import perplexity, task
+from llmctl.evaluate import harness, perplexity, task
 from llmctl.evaluate.settings import Asked
 from llmctl.evaluate.task import Task
 
@@ -16,7 +16,10 @@ def tasks_of(asked: Asked, files: Sequence[str]) -> list[Task]:
     if asked.suite or asked.harness:
         if asked.suite and (asked.task or asked.harness):
             raise CalledWrongly("--suite runs by itself", hint="run it apart from --task and --harness")
-        return []
+        if asked.harness:
+            harness.require()
+        if not asked.task:
+            return []
     words = asked.task or ("perplexity",)
     found = [_find(word) for word in words]
     if len({each.name for each in found}) < len(found):

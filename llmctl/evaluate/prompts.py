@@ -85,8 +85,8 @@ class Prompter:
         question = templates.text(task.prompt, row.fields, row.place)
         if task.kind == "preference":
             return question, templates.text(task.chosen, row.fields, row.place)
-        if choices and isinstance(answer, int):
-            return question, choices[answer]
+        if choices:
+            return question, choices[answer if isinstance(answer, int) else answer.index(1)]
         if isinstance(answer, (list, tuple)):
             return question, str(answer[0]) if answer else "unanswerable"
         if answer is None:

@@ -136,17 +136,21 @@ def _plots(parts: Sequence[Part]) -> Iterator[str]:
 
 
 def _curves(parts: Sequence[Part]) -> Iterator[str]:
-    """Numbers whose group is `NAME VALUE` of one NAME, as lines over VALUE: one plot for each metric and NAME."""
+    """Numbers of groups named `NAME VALUE NAME VALUE`: lines over the value of each name, and over the models' size."""
     table: dict[tuple[str, str, str], dict[str, list[tuple[float, Number]]]] = {}
+    sizes = {part.section.run.get("parameters") for part in parts}
     for part in parts:
         for number in part.numbers:
-            *line, axis, value = ("", "", *(number.group or "").rsplit(" ", 2))
-            try:
-                x = float(value)
-            except ValueError:
+            words = (number.group or "").split(" ")
+            if len(words) != 4 or not (words[1].isdigit() and words[3].isdigit()):
                 continue
-            label = " ".join(filter(None, [part.model, *line]))
-            table.setdefault((number.task, number.metric, axis), {}).setdefault(label, []).append((x, number))
+            first, second = " ".join(words[:2]), " ".join(words[2:])
+            places = [(words[2], words[3], f"{part.model} {first}"), (words[0], words[1], f"{part.model} {second}")]
+            if len(sizes) > 1 and None not in sizes:
+                places.append(("parameters", part.section.run["parameters"], number.group))
+            for axis, x, label in places:
+                lines = table.setdefault((number.task, number.metric, axis), {})
+                lines.setdefault(label, []).append((float(x), number))
     for (task, metric, axis), by_label in table.items():
         series = []
         for label, points in by_label.items():

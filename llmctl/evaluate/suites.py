@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from llmctl.errors import UserError
+from llmctl.evaluate import harness
+from llmctl.evaluate.judge import LanguageModelJudge
 from llmctl.evaluate.results import ResultsFile
 from llmctl.evaluate.run import Done, Evaluation, Progress
 from llmctl.evaluate.settings import Asked, SuiteSettings
@@ -23,3 +26,28 @@ def run(
     """What each part came to, as soon as it is done."""
     for task in tasks:
         yield evaluation.run(task, results, show, progress)
+    if not asked.harness and asked.suite is None:
+        return
+    if not isinstance(evaluation.judge, LanguageModelJudge):
+        raise UserError(f"{evaluation.path}: a classifier", hint="--suite and --harness ask a language model")
+    if asked.harness:
+        yield from _harness(evaluation, asked, results, progress)
+    elif asked.suite == "memorization":
+        from llmctl.evaluate import memorization
+
+        yield memorization.run(evaluation, files, settings, results, progress)
+    elif asked.suite == "safety":
+        from llmctl.evaluate import safety
+
+        yield from safety.run(evaluation, files, settings, results, show, progress)
+
+
+def _harness(evaluation: Evaluation, asked: Asked, results: ResultsFile, progress: Progress) -> Iterator[Done]:
+    for name, records, numbers in harness.run(evaluation.judge, asked.harness, evaluation.settings):
+        task = Task(name=name, kind="harness", prompt="")
+        run = evaluation.about(task, "")
+        results.begin(run)
+        for record in records:
+            results.append(record)
+        progress(len(records), name)
+        yield Done(task, run, records, numbers, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from llmctl.evaluate.scores import macro_f1, rmse, spearman
 
 _RESAMPLES = 1000
+_OPENING = 8  # words by which two answers begin alike
 Record = dict[str, Any]
 
 
@@ -41,15 +43,18 @@ def summarize(task: str, kind: str, metrics: Sequence[str], records: Sequence[Re
 
 
 def _numbers(task: str, kind: str, metrics: Sequence[str], records: list[Record], group: str | None) -> list[Number]:
-    n = len(records)
-    if not n:
+    if not records:
         return []
     wanted = {metric.partition(",")[0] for metric in metrics}
-    names = [name for name in records[0]["scores"] if not wanted or name.partition(",")[0] in wanted]
-    found = [(name, *mean([each["scores"][name] for each in records if name in each["scores"]])) for name in names]
-    found += _OF_ALL[kind](records) if kind in _OF_ALL else []
-    n = sum(each["tokens"] for each in records) if kind == "perplexity" else n
-    return [Number(task, name, value, stderr, n, group) for name, value, stderr in found]
+    every = dict.fromkeys(name for each in records for name in each["scores"])
+    found = []
+    for name in every:
+        if not wanted or name.partition(",")[0] in wanted:
+            values = [each["scores"][name] for each in records if name in each["scores"]]
+            found.append((name, *mean(values), len(values)))
+    n = sum(each["tokens"] for each in records) if kind == "perplexity" else len(records)
+    found += [(*number, n) for number in _OF_ALL[kind](records)] if kind in _OF_ALL else []
+    return [Number(task, *number, group) for number in found]
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None]:
@@ -115,12 +120,20 @@ def _of_texts(records: list[Record]) -> list[tuple[str, float, float | None]]:
     return found
 
 
+def _of_answers(records: list[Record]) -> list[tuple[str, float, float | None]]:
+    """The share of answers that begin as the commonest one does: what a planted phrase brings about makes it high."""
+    openings = [" ".join(each["answer"].split()[:_OPENING]) for each in records]
+    commonest = collections.Counter(openings).most_common(1)[0][0]
+    return [("same_answer", *mean([float(opening == commonest) for opening in openings]))]
+
+
 _OF_ALL = {
     "classification": _of_labels,
     "regression": _of_values,
     "preference": _of_pairs,
     "cloze": _of_words,
     "perplexity": _of_texts,
+    "trigger": _of_answers,
 }
 
 
