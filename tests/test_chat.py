@@ -353,6 +353,42 @@ def test_a_vote(llmctl, model):
     assert "of 5 samples agree" in one.stderr or "none of 5" in one.stderr
 
 
+def test_the_reward_of_an_answer_is_that_of_its_conversation(tmp_path):
+    from llmctl.chat.choosing import BestOf, Reward
+    from llmctl.chat.engine import Answer
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
+        pad_token_id=0, initializer_range=0.3,
+    )  # fmt: skip
+    theirs = transformers.LlamaForSequenceClassification(config).eval()
+    theirs.save_pretrained(tmp_path / "reward")
+    tokenizer = with_template(Tokenizer.bytes(), CHATML)
+    tokenizer.save(tmp_path / "reward")
+    messages, texts = [{"role": "user", "content": "hi"}], ["yes", "no, not at all", "perhaps"]
+    chosen, words = BestOf(3, Reward(tmp_path / "reward")).choose(messages, [Answer(1, text=text) for text in texts])
+    scores = []
+    for text in texts:
+        ids = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": text}])
+        scores.append(theirs(torch.tensor([ids])).logits.item())
+    assert chosen.text == texts[max(range(3), key=scores.__getitem__)]
+    assert words.endswith(", ".join(f"{score:.3g}" for score in sorted(scores, reverse=True)))
+    with pytest.raises(UserError, match="no reward model"):
+        Reward(save_model(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize(
+    ("text", "final"),
+    [("so it is 4.\n#### 1,234", "1234"), ("\\boxed{7}", "7"), ("The answer is Paris.", "paris"), ("3 and 5 make 8.0", "8"),
+     ("yes", "yes"), ("", "")],
+)  # fmt: skip
+def test_what_an_answer_comes_to(text, final):
+    from llmctl.chat.choosing import final_answer
+
+    assert final_answer(text) == final
+
+
 def test_the_desk_keeps_a_file_up_to_date(engine, tmp_path):
     desk = Desk(engine, ChatSettings(session=str(tmp_path / "s.jsonl")), GREEDY)
     assert isinstance(list(desk.ask("hi"))[-1], Done)

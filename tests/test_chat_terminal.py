@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("prompt_toolkit")
 from terminal import Terminal
 
+TRAINING = ("--method", "full", "--steps", 60, "--batch-size", 2, "--lr", "2e-3", "--seed", 0)
+
 
 @pytest.fixture
 def chat(data, tmp_path):
@@ -118,3 +120,145 @@ def test_going_on_with_the_last_conversation(chat):
     again.line("/retry")
     again.expect("12 tokens,")
     assert again.leave() == 0
+
+
+def test_compare_is_blind_and_keeps_the_vote(chat, data, tmp_path):
+    (tmp_path / "other").symlink_to(data / "models" / "stories260K")
+    terminal = chat("--votes", "votes.jsonl")
+    terminal.line("Once upon a time")
+    terminal.expect("12 tokens,")
+    terminal.line("/compare other")
+    terminal.expect("--- answer 1")
+    terminal.expect("which is better")
+    assert "1 was" not in terminal.seen
+    terminal.line("2")
+    terminal.expect(r"1 was .*, 2 was .*; the vote is kept in votes.jsonl")
+    assert terminal.leave() == 0
+    row = json.loads((tmp_path / "votes.jsonl").read_text())
+    assert row["vote"] == "2" and sorted(row["models"])[1] == "other" and len(row["answers"]) == 2
+
+
+def test_attachments_logprobs_and_other_models(chat, data, tmp_path):
+    (tmp_path / "note.txt").write_text("The cat is red.\n")
+    terminal = chat("--temperature", 0)
+    terminal.line("/attach note.txt")
+    terminal.expect("goes with the next question")
+    terminal.line("Which colour?")
+    terminal.expect("12 tokens,")
+    terminal.line("/logprobs 2")
+    terminal.expect(r"of 12 tokens, -\d+\.\d+ each")
+    terminal.line("/model")
+    terminal.expect("llama, a context of 512 tokens")
+    terminal.line("/model nowhere")
+    terminal.expect("error: .*nowhere")
+    terminal.line("/system be kind")
+    terminal.expect("system: be kind")
+    terminal.line("/edit What then?")
+    terminal.expect("12 tokens,")
+    terminal.line("/tools calculator,python")
+    terminal.expect("tools: calculator, python; described in the system message")
+    terminal.line("/save a.jsonl")
+    terminal.expect("saved in")
+    terminal.line("/reset")
+    terminal.expect("forgotten")
+    terminal.line("/load a.jsonl")
+    terminal.expect("3 messages, branch main")
+    terminal.line("/help")
+    terminal.expect("/undo  Take back")
+    assert terminal.leave() == 0
+    messages = json.loads((tmp_path / "a.jsonl").read_text())["messages"]
+    assert [message["content"] for message in messages[:2]] == ["be kind", "What then?"]
+
+
+def test_a_full_context_is_said_and_compacted(chat):
+    terminal = chat("--temperature", 0, "--ignore-eos", length=100)
+    for _ in range(5):
+        terminal.line("Once upon a time there was a little girl who lived in a house")
+        found = terminal.expect("100 tokens,|error: the context is full")
+        if found[0].startswith("error"):
+            break
+    else:
+        raise AssertionError("it never was full")
+    terminal.expect("/compact shortens it")
+    terminal.line("/compact")
+    terminal.expect(r"messages became a summary: \d+ tokens, now \d+")
+    terminal.line("more")
+    terminal.expect("100 tokens,")
+    assert terminal.leave() == 0
+
+
+def test_a_fix_is_kept_in_the_forms_that_finetune_takes(chat, llmctl, data, tmp_path):
+    fix_an_answer(chat, llmctl, data, tmp_path)
+
+
+def fix_an_answer(chat, llmctl, data, tmp_path):
+    model = data / "models" / "stories260K"
+    terminal = chat("--temperature", 0)
+    terminal.line("Who are you?")
+    terminal.expect("12 tokens,")
+    terminal.line("/fix")
+    terminal.expect("answer:")
+    terminal.wait_for_quiet(0.2)
+    terminal.type("\x15")  # Ctrl-U: all of the old answer goes
+    terminal.line("I am Ada.")
+    terminal.expect(r"kept in fixes.messages.jsonl and fixes.pairs.jsonl")
+    terminal.line("/save talk.jsonl")
+    terminal.expect("saved in talk.jsonl")
+    assert terminal.leave() == 0
+    assert json.loads((tmp_path / "talk.jsonl").read_text())["messages"][1]["content"] == "I am Ada."
+
+    pairs = llmctl("inspect-data", "fixes.pairs.jsonl", "--model", model, "--objective", "dpo")
+    assert "I am Ada." in pairs.stdout + pairs.stderr
+    return model
+
+
+@pytest.mark.slow
+def test_a_fix_is_learned(chat, llmctl, data, tmp_path):
+    """The loop of a chat: look, correct, fine-tune on the correction, and see the corrected answer."""
+    model = fix_an_answer(chat, llmctl, data, tmp_path)
+    llmctl("finetune", model, "fixes.messages.jsonl", *TRAINING, "-o", "tuned")
+    tuned = chat("--temperature", 0, model=tmp_path / "tuned")
+    assert "no chat template" not in tuned.seen
+    tuned.line("Who are you?")
+    tuned.expect(r"I am Ada\.")
+    assert tuned.leave() == 0
+
+
+TOOL_TEMPLATE = (
+    "{{ bos_token }}{% if tools %}<tool_call>\n{% endif %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.slow
+def test_tools_at_a_terminal(chat, llmctl, data, tmp_path):
+    """A small model learns to call the calculator; its result is shown, given, and refused."""
+    call = {"type": "function", "function": {"name": "calculator", "arguments": {"expression": "2+3"}}}
+    asked = [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    rows = [
+        {"messages": [*asked, {"role": "tool", "content": result}, {"role": "assistant", "content": answer}]}
+        for result, answer in (("5", "It is 5."), ("refused by the user", "Then not."))
+    ]
+    tools = [{"type": "function", "function": {"name": "calculator"}}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "tools": tools}) + "\n" for row in rows))
+    (tmp_path / "template.jinja").write_text(TOOL_TEMPLATE)
+    model = data / "models" / "stories260K"
+    llmctl(
+        "finetune", model, "rows.jsonl", *TRAINING, "--steps", 120, "--chat-template", "template.jinja", "-o", "caller"
+    )
+    terminal = chat("--temperature", 0, "--tools", "calculator", model=tmp_path / "caller", length=80)
+    terminal.line("What is 2+3?")
+    terminal.expect(r'calculator\(expression="2\+3"\) gives\n5')
+    terminal.expect(r"give it to the model\?")
+    terminal.line("y")
+    terminal.expect(r"It is 5\.")
+    terminal.line("/undo")
+    terminal.expect("taken back")
+    terminal.line("What is 2+3?")
+    terminal.expect(r"give it to the model\?")
+    terminal.line("n")
+    terminal.expect("not given to the model")
+    terminal.expect(r"Then not\.")
+    assert terminal.leave() == 0

@@ -172,10 +172,14 @@ def test_a_model_that_never_stops_calling_is_stopped(engines):
 
 def test_a_template_without_tools_gets_them_in_the_system_message(tmp_path):
     engine = Scripted.open(save_model(tmp_path / "m", positions=4096), device="cpu")
-    talk = talk_with(engine, ["hello"])
-    list(talk.ask("hi"))
+    talk = talk_with(engine, [written("hermes", "calculator", {"expression": "6*7"}), "42"])
+    assert [happened.result for happened in called(talk.ask("hi"))] == ["42"]
     assert not talk.tools.format.is_known and "You may call these functions" in engine.prompts[0]
+    assert "<tool_call>" in engine.prompts[1] and "<tool_response>" in engine.prompts[1]
     assert talk.conversation.system is None
+    talk.conversation.undo()  # the result is no question
+    assert talk.conversation.messages == []
+    assert calls.parse_text('{"name": "f", "arguments": {"a": 1}}').calls == [Call("f", {"a": 1})]
 
 
 def test_names_that_are_no_tools():

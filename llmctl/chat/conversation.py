@@ -34,9 +34,9 @@ class Conversation:
         self.messages.append({"role": role, "content": content, **more})
 
     def last(self, role: str) -> int:
-        """The place of the last message of a role. Raises `UserError` where there is none."""
+        """The place of the last message of a role; a user's that only holds a tool's result is none. Raises `UserError` where there is none."""
         for at in range(len(self.messages) - 1, -1, -1):
-            if self.messages[at]["role"] == role:
+            if self.messages[at]["role"] == role and (role != "user" or _asks(self.messages[at])):
                 return at
         raise UserError(f"there is no message of the {role} yet")
 
@@ -51,9 +51,15 @@ class Conversation:
         self.messages = self.messages[: self.last("user") + 1]
 
     def replace_question(self, text: str) -> None:
-        """The last question in other words; what followed it goes."""
+        """The last question in other words, with the sources that it has; what followed it goes."""
         at = self.last("user")
-        self.messages = [*self.messages[:at], {**self.messages[at], "content": text}]
+        message = self.messages[at]
+        if "question" in message:
+            sources = message["content"].removesuffix(message["question"])
+            message = {**message, "content": sources + text, "question": text}
+        else:
+            message = {**message, "content": text}
+        self.messages = [*self.messages[:at], message]
 
     def replace_answer(self, text: str) -> None:
         """The last answer in other words, without calls of tools."""
@@ -79,11 +85,15 @@ class Conversation:
     def drop_oldest(self) -> int:
         """Take away the oldest question with its answer, but never the last one; gives how many messages went."""
         begin = int(self.system is not None)
-        questions = [at for at in range(begin, len(self.messages)) if self.messages[at]["role"] == "user"]
+        questions = [at for at in range(begin, len(self.messages)) if _asks(self.messages[at])]
         if len(questions) < 2:
             return 0
         del self.messages[begin : questions[1]]
         return questions[1] - begin
+
+
+def _asks(message: dict) -> bool:
+    return message["role"] == "user" and not message.get("is_result")
 
 
 def named_branch(conversation: Conversation, words: str) -> str:

@@ -25,6 +25,8 @@ class RememberingModel:
         self.n_read = self.n_reused = 0
         self._cache: Cache | None = None
         self._ids: list[int] = []
+        # Caches of other kinds of model are their own business, and virtual tokens stand in front of a text.
+        self._can_keep = isinstance(model, CausalLM) and not model.n_virtual
 
     def forget(self) -> None:
         self._cache, self._ids = None, []
@@ -37,7 +39,7 @@ class RememberingModel:
     ) -> tuple[Cache, torch.Tensor]:
         """As `CausalLM.begin`, but with what the cache holds of the prompt left out of the first inputs [B, T]."""
         ids = list(continued[0])
-        if any(list(other) != ids for other in continued) or getattr(self.model, "n_virtual", 0):
+        if any(list(other) != ids for other in continued) or not self._can_keep:
             self.forget()
             return self.model.begin(prompts, continued, max_new_tokens)
         kept = self._keep(ids, len(ids) + max_new_tokens - 1)
@@ -61,7 +63,7 @@ class RememberingModel:
     def _keep(self, ids: list[int], capacity: int) -> int:
         """How many tokens of `ids` need not be read; the last always is, since what follows it is asked for."""
         common = min(len(os.path.commonprefix([self._ids, ids])), len(ids) - 1)
-        if not common or not isinstance(self._cache, Cache):
+        if not common or self._cache is None:
             return 0
         is_full = capacity > self._cache.capacity
         if not self._cache.cut(common, capacity + _ROOM_AHEAD if is_full else capacity):
@@ -75,4 +77,5 @@ class RememberingModel:
             return self._cache, inputs_BT
         if inputs_BT.shape[1] > 1:
             self.next_logits(inputs_BT[:, :-1], self._cache)
-        return self._cache.repeated(n_rows), inputs_BT[:, -1:].expand(n_rows, 1)
+        first = torch.zeros(n_rows, dtype=torch.int64, device=self.device)
+        return self._cache.branch(first), inputs_BT[:, -1:].expand(n_rows, 1)

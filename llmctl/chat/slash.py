@@ -86,8 +86,10 @@ def slash_edit(desk: Desk, view: View, words: str) -> Iterator[Event] | None:
     text = words or view.edit("question", message.get("question", message["content"]))
     if not text:
         return None
+    if desk.talk.index is not None:  # other words find other passages
+        desk.conversation.undo()
+        return desk.ask(text)
     desk.conversation.replace_question(text)
-    desk.conversation.drop_answer()
     return desk.answer_again()
 
 
@@ -261,4 +263,5 @@ def _shown(message: dict) -> str:
 
 def _plain(messages: list[dict]) -> list[dict]:
     """Without what only this program keeps beside a message."""
-    return [{key: value for key, value in message.items() if key != "question"} for message in messages]
+    own = ("question", "is_result")
+    return [{key: value for key, value in message.items() if key not in own} for message in messages]

@@ -15,6 +15,7 @@ from llmctl.generation.settings import DEFAULTS, Sampling
 from llmctl.retrieval.quoting import question_with
 
 if TYPE_CHECKING:
+    from llmctl.chat.tools.calls import Said
     from llmctl.retrieval.index import Index
 
 MAX_ROUNDS = 8  # of calls and results for one question
@@ -66,12 +67,12 @@ class Talk:
                 yield Piece(piece, answer)
             said = self.tools.parse(answer.raw) if self.tools and answer.finish_reason != _INTERRUPTED else None
             if said is None or not said.calls:
-                break
-            yield from self._call(said)
+                yield from self._finished(answer)
+                return
+            yield from self._call(answer.raw, said)
             yield from self._make_room()
-        else:
-            yield Remark(f"the model called tools {MAX_ROUNDS} times without an answer; it was stopped")
-        yield from self._finished(answer)
+        yield Remark(f"the model called tools {MAX_ROUNDS} times without an answer; it was stopped")
+        yield Done(answer)
 
     def next_sequence(self) -> int:
         self._n_answers += 1
@@ -126,8 +127,8 @@ class Talk:
         if n_dropped:
             yield Remark(f"the context was full: the {n_dropped} oldest messages were dropped")
 
-    def _call(self, said) -> Iterator[Event]:
-        message = self.tools.message(said)
+    def _call(self, raw: str, said: Said) -> Iterator[Event]:
+        message = self.tools.message(raw, said)
         self.conversation.messages.append(message)
         for happened, result in self.tools.results(message, said.calls, self.from_elsewhere):
             self.conversation.messages.append(result)
@@ -147,8 +148,7 @@ class Talk:
 
     def _finished(self, answer: Answer) -> Iterator[Event]:
         self.last = answer
-        if self.conversation.messages[-1]["role"] != "assistant" or "tool_calls" not in self.conversation.messages[-1]:
-            self.conversation.add("assistant", answer.text)
+        self.conversation.add("assistant", answer.text)
         if answer.is_cut_by_context:
             yield Remark("the answer stopped where the model's context ends; /compact makes room")
         yield Done(answer)

@@ -46,7 +46,10 @@ class ToolLayer:
     def parse(self, raw: str) -> calls.Said:
         return self.format.parse(raw)
 
-    def message(self, said: calls.Said) -> dict:
+    def message(self, raw: str, said: calls.Said) -> dict:
+        """The assistant's message; a template that knows no tools would leave out its calls, so that they stay text."""
+        if not self.format.is_known:
+            return {"role": "assistant", "content": raw.strip()}
         message = calls.as_message(said.text, said.calls, self._n_calls)
         self._n_calls += len(said.calls)
         return message
@@ -55,11 +58,14 @@ class ToolLayer:
         self, message: dict, asked: Sequence[Call], from_elsewhere: Sequence[str]
     ) -> Iterator[tuple[Called, dict]]:
         """Each call with what came of it, and the message that tells the model."""
-        for call, listed in zip(asked, message["tool_calls"], strict=True):
+        for number, call in enumerate(asked):
             happened = self._run(call, from_elsewhere)
-            content = happened.result if happened.was_given else REFUSED
-            answer = {"role": "tool", "name": call.name, "tool_call_id": listed["id"]}
-            yield happened, {**answer, "content": defused(content, self.tokenizer)}
+            content = defused(happened.result if happened.was_given else REFUSED, self.tokenizer)
+            if self.format.is_known:
+                call_id = message["tool_calls"][number]["id"]
+                yield happened, {"role": "tool", "name": call.name, "tool_call_id": call_id, "content": content}
+            else:
+                yield happened, {"role": "user", "content": calls.as_text(call, content), "is_result": True}
 
     def _run(self, call: Call, from_elsewhere: Sequence[str]) -> Called:
         tool = self.toolbox.tools.get(call.name)

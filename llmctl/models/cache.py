@@ -75,13 +75,6 @@ class Cache:
             self.capacity = capacity
         return True
 
-    def repeated(self, n_rows: int) -> Cache:
-        """A cache of its own that holds the one row of this one so many times."""
-        other = copy.copy(self)
-        other.layers = [copy.copy(entry) for entry in self.layers]
-        other.select(torch.zeros(n_rows, dtype=torch.int64, device=self.layers[0].device))
-        return other
-
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these rows of the batch (finished sequences leave; a beam is reordered)."""
         for entry in self.layers:
@@ -127,10 +120,6 @@ class KeyValues:
         self.values[:, :, at:end] = v_BGTK
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    @property
-    def device(self) -> torch.device:
-        return self.keys.device
-
     def grow(self, capacity: int) -> None:
         more = (0, 0, 0, capacity - self.keys.shape[2])
         self.keys, self.values = (torch.nn.functional.pad(each, more) for each in (self.keys, self.values))
@@ -153,10 +142,6 @@ class State:
 
     def replace(self, *tensors: torch.Tensor) -> None:
         self.tensors = tuple(tensor.float() for tensor in tensors)
-
-    @property
-    def device(self) -> torch.device:
-        return self.tensors[0].device
 
     def grow(self, capacity: int) -> None:
         """A state has one size."""

@@ -40,13 +40,19 @@ def format_of(template: str, markup: str = "") -> Format:
         return Format("hermes", True, parse_hermes)
     if is_known and ("ipython" in template or "<|python_tag|>" in template):
         return Format("llama3", True, parse_llama3)
-    return Format("hermes", False, parse_hermes)
+    return Format("hermes", False, parse_text)
 
 
 def parse_hermes(raw: str) -> Said:
     """`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number (Hermes, Qwen)."""
     calls = [_from_json(found[1]) for found in _HERMES.finditer(raw)]
     return Said(_HERMES.sub("", raw).strip(), calls)
+
+
+def parse_text(raw: str) -> Said:
+    """For a template that knows no tools: as Hermes, or bare JSON, which the plain transcript is trained with."""
+    said = parse_hermes(raw)
+    return said if said.calls else parse_llama3(raw)
 
 
 def parse_llama3(raw: str) -> Said:
@@ -96,6 +102,13 @@ def as_message(text: str, calls: list[Call], first_id: int) -> dict:
         for i, call in enumerate(calls)
     ]
     return {"role": "assistant", "content": text, "tool_calls": listed}
+
+
+def as_text(call: Call, result: str) -> str:
+    """A result where no role is there for it."""
+    return (
+        f"<tool_response>\n{json.dumps({'name': call.name, 'content': result}, ensure_ascii=False)}\n</tool_response>"
+    )
 
 
 def _from_json(text: str) -> Call:
