@@ -29,6 +29,7 @@ __all__ = [
     "write_atomic",
 ]
 
+GGUF_SUFFIX = ".gguf"
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -45,8 +46,8 @@ def resolve_model(model: str | os.PathLike) -> Path:
     path = Path(model)
     if not os.path.exists(path):
         raise UserError(f"{model}: no such checkpoint", hint="give the path of a local checkpoint directory")
-    if not path.is_dir():
-        raise UserError(f"{model}: a checkpoint is a directory with config.json, this is a file")
+    if not path.is_dir() and path.suffix != GGUF_SUFFIX:
+        raise UserError(f"{model}: a checkpoint is a directory with config.json or a .gguf file, this is another file")
     return path
 
 
@@ -148,7 +149,7 @@ class TensorFiles:
 
 
 def open_tensors(path: str | os.PathLike, stem: str = "model") -> TensorFiles:
-    """Map the tensors of a `.safetensors` file, or of a directory with `{stem}.safetensors` or shards and an index.
+    """Map the tensors of a `.safetensors` or `.gguf` file, or of a directory with `{stem}.safetensors` or shards and an index.
 
     Headers are read and checked against the files' sizes here. Raises `UserError` for a missing or corrupt file and
     for a checkpoint that exists as a pickle only.
@@ -156,6 +157,10 @@ def open_tensors(path: str | os.PathLike, stem: str = "model") -> TensorFiles:
     path = Path(path)
     if path.suffix in PICKLE_SUFFIXES:
         raise _is_pickle(path)
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        from llmctl.gguf.file import GgufTensors
+
+        return GgufTensors(path)
     if path.is_dir():
         index = path / f"{stem}.safetensors.index.json"
         single = path / f"{stem}.safetensors"

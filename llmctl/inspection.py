@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 from llmctl import lineage
-from llmctl.checkpoint import TensorFiles, open_tensors
+from llmctl.checkpoint import GGUF_SUFFIX, TensorFiles, open_tensors
 from llmctl.data.corpus import SHARDS, shards_of
 from llmctl.data.summary import describe_tokenizer, summarize
 from llmctl.errors import UserError
@@ -29,7 +29,7 @@ ARROW_START = b"\xff"  # of the mark before an IPC message; no path begins with 
 
 
 def inspect(path: str | os.PathLike, *, n_documents: int = 0, check_files: bool = True) -> Iterator[dict[str, Any]]:
-    """Records about a checkpoint directory, a token file or a directory of shards; "kind" tells which.
+    """Records about a checkpoint directory or GGUF file, a token file or a directory of shards; "kind" tells which.
 
     Raises `UserError` for anything else and for what is damaged, where the sha256 of a checkpoint's files differ after
     its records.
@@ -37,6 +37,8 @@ def inspect(path: str | os.PathLike, *, n_documents: int = 0, check_files: bool 
     path = Path(path)
     if (path / "config.json").exists():
         return _inspect_checkpoint(path, check_files)
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        return _inspect_gguf(path)
     if path.is_file() or (path.is_dir() and any(path.glob(SHARDS))):
         return summarize((read_stream(shard) for shard in shards_of(path)), str(path), n_documents)
     if not path.exists():
@@ -98,12 +100,28 @@ def _inspect_checkpoint(path: Path, check_files: bool) -> Iterator[dict[str, Any
         raise UserError(f"{path}: {'; '.join(wrong)}", hint="these are not the files that were saved")
 
 
-def _describe_model(path: Path) -> dict[str, Any]:
-    hf = read_json(path / "config.json")
+def _inspect_gguf(path: Path) -> Iterator[dict[str, Any]]:
+    """The same of a GGUF file, whose tensors have their own names and types."""
+    from llmctl.gguf.file import opened  # its library is needed for such files only
+
+    file, dtypes = opened(path), collections.Counter()
+    rows = [{"kind": "tensor", **row} for row in file.describe()]
+    for row in rows:
+        dtypes[row["dtype"]] += row["bytes"]
+    storage = {"tensors": len(rows), "bytes": sum(dtypes.values()), "bytes_per_dtype": dict(dtypes)}
+    model = _describe_model(path, file.fields.get("general.architecture"))
+    tokenizer = _describe_tokenizer(path)
+    yield {"kind": "checkpoint", "path": str(path.resolve()), **model, **storage, "tokenizer": tokenizer}
+    yield from rows
+
+
+def _describe_model(path: Path, family: str | None = None) -> dict[str, Any]:
+    """`family` is what the file calls it, where that is not in config.json."""
+    family = family or read_json(path / "config.json").get("model_type")
     try:
         config = stored_config(path)
     except UserError as error:
-        return {"family": hf.get("model_type"), "unsupported": error.message}
+        return {"family": family, "unsupported": error.message}
     with torch.device("meta"):
         model = new_empty(config)
     parts, mixer = collections.Counter(), type(config.block(0).mixer).__name__.lower()

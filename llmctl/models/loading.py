@@ -28,10 +28,15 @@ SUPERSEDED = ("rope_parameters",)
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """The model's shape from `config.json` (or a directory that holds one)."""
-    path = Path(path)
-    file = path / "config.json" if path.is_dir() else path
-    hf = files.read_json(file)
+    """The model's shape from `config.json` (or a directory that holds one), or from a GGUF file's keys."""
+    file = Path(path)
+    if file.suffix == checkpoint.GGUF_SUFFIX and file.is_file():
+        from llmctl.gguf import file as gguf_file  # its library is needed for such files only
+
+        hf = gguf_file.read_config(file)
+    else:
+        file = file / "config.json" if file.is_dir() else file
+        hf = files.read_json(file)
     family = families.find(hf.get("model_type"))
     try:
         config = family.config_from_hf(hf)
@@ -80,7 +85,7 @@ def load_model(
     classifier: Classifier | None = None,
     seed: int = 0,
 ) -> LanguageModel:
-    """The model of a checkpoint directory, in eval mode; weights stay memory-mapped where neither dtype nor device changes.
+    """The model of a checkpoint directory or GGUF file, in eval mode; weights stay memory-mapped where neither dtype nor device changes.
 
     `dtype` None keeps what the file has. A file without any tensor of a head gives a base model (its config's head is
     None). With `classifier` that takes the place of the file's head, float32 and fresh for the `seed` as far as the file

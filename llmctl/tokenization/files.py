@@ -23,6 +23,8 @@ def read(path: Path) -> tuple[str, dict]:
     if not path.exists():
         raise UserError(f"{path}: no such tokenizer", hint=f"give {READABLE}, a directory with one, or the word bytes")
     file = _in_directory(path) if path.is_dir() else path
+    if file.suffix == ".gguf":
+        return _read_gguf(file)
     if file.name in _FOREIGN:
         raise UserError(f"{file}: {_FOREIGN[file.name]} is not read", hint=f"expected {READABLE}")
     try:
@@ -33,8 +35,19 @@ def read(path: Path) -> tuple[str, dict]:
         raise UserError(f"{file}: {error.message}", hint=error.hint) from error
 
 
+def _read_gguf(file: Path) -> tuple[str, dict]:
+    from llmctl.gguf import file as gguf_file
+    from llmctl.gguf import vocabulary
+
+    try:
+        return vocabulary.tokenizer_json(gguf_file.opened(file).fields)
+    except UserError as error:
+        raise UserError(f"{file}: {error.message}", hint=error.hint) from error
+
+
 def has_tokenizer(directory: Path) -> bool:
-    return any(any(directory.glob(name)) for name in _NAMES)
+    """Of a checkpoint's directory; a GGUF file has its tokenizer inside."""
+    return directory.suffix == ".gguf" or any(any(directory.glob(name)) for name in _NAMES)
 
 
 def _in_directory(directory: Path) -> Path:

@@ -16,7 +16,8 @@ from llmctl.errors import UserError
 from llmctl.export.c import model, tokenizer
 from llmctl.export.c.check import Checked, check
 from llmctl.export.c.settings import ExportCSettings
-from llmctl.export.c.writer import MAGIC, VERSION, Writer
+from llmctl.export.c.writer import GROUP, MAGIC, VERSION, Writer
+from llmctl.export.weights import Weights
 from llmctl.generation.settings import read_generation_config, read_marks, resolve, sampling_from
 from llmctl.models.config import ModelConfig
 from llmctl.models.loading import stored_config
@@ -54,8 +55,8 @@ def export(base: str | Path, output: str | Path, settings: ExportCSettings) -> E
         log.info(
             "the context ends at %d of %d tokens: up to there its positions are fixed", longest, config.max_positions
         )
-    source, int8 = model.Weights(base, config), settings.type == "int8"
-    checkpoint.check_free_space(output, source.nbytes(int8))
+    source, int8 = Weights(base, config), settings.type == "int8"
+    checkpoint.check_free_space(output, int(source.n_values * (1 + 4 / GROUP if int8 else 4)))
     with files.staged_directory(output, settings.overwrite) as directory:
         with open(directory / "model.bin", "wb") as file:
             file.write(MAGIC)

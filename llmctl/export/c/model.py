@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
-
 import torch
 
-from llmctl import checkpoint
 from llmctl.errors import UserError
-from llmctl.export.c.writer import GROUP, Writer
-from llmctl.models import families, rope_scaling, weights
+from llmctl.export.c.writer import Writer
+from llmctl.export.weights import Weights
+from llmctl.models import rope_scaling
 from llmctl.models.config import Attention, Block, GatedMlp, LearnedPositions, Mlp, ModelConfig, Moe, Norm, Rope
-from llmctl.models.loading import new_empty
 
 _NORMS = {None: 0, "rms": 1, "layer": 2}
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
@@ -58,35 +54,6 @@ def context(config: ModelConfig) -> int:
         if (rope.scaling or {}).get("rope_type") in _LIMITED:
             longest = min(longest, rope.scaling["original_max_position_embeddings"])
     return longest
-
-
-class Weights:
-    """The float32 parameters of a checkpoint by our names, read when asked for."""
-
-    def __init__(self, path: Path, config: ModelConfig):
-        self._files = checkpoint.open_tensors(path)
-        with torch.device("meta"):
-            model = new_empty(config)
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self._sources = weights.sources(families.find(config.family), self.shapes, self._files.keys())
-        missing = [name for name in self.shapes if name not in self._sources]
-        if missing:
-            raise UserError(f"{path}: the checkpoint has no tensor for {missing[0]} ({len(missing)} are missing)")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.shapes
-
-    def get(self, name: str) -> torch.Tensor:
-        source = self._sources[name]
-        tensor = source.cut(self._files.copy(source.theirs)).float()
-        if tensor.shape != self.shapes[name]:
-            raise UserError(f"{name} has shape {list(tensor.shape)}; config.json says {list(self.shapes[name])}")
-        return tensor
-
-    def nbytes(self, int8: bool) -> int:
-        """About what model.bin takes."""
-        per_value = 1 + 4 / GROUP if int8 else 4
-        return int(sum(math.prod(shape) for shape in self.shapes.values()) * per_value)
 
 
 def write(out: Writer, config: ModelConfig, source: Weights, int8: bool) -> None:

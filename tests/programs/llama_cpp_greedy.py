@@ -1,0 +1,38 @@
+"""What llama.cpp makes of GGUF files: run with a Python that has llama-cpp-python.
+
+Standard input: JSON Lines {"file", "text" or "ids", "count", "context"}; standard output: for each {"prompt": ids, "greedy": ids}, or
+{"error"}.
+"""
+
+import json
+import os
+import sys
+
+from llama_cpp import GGML_TYPE_F32, Llama
+
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # the library writes where it likes
+for line in sys.stdin:
+    row = json.loads(line)
+    try:
+        model = Llama(
+            row["file"],
+            n_ctx=row.get("context", 0),
+            n_batch=512,
+            n_threads=1,
+            verbose=False,
+            type_k=GGML_TYPE_F32,
+            type_v=GGML_TYPE_F32,
+        )
+        prompt = row["ids"] if "ids" in row else model.tokenize(row["text"].encode(), add_bos=True, special=True)
+        greedy = []
+        model.reset()
+        for token in model.generate(prompt, top_k=1, temp=0.0, repeat_penalty=1.0):
+            greedy.append(token)
+            if len(greedy) >= row["count"]:
+                break
+        answer = {"prompt": prompt, "greedy": greedy}
+        model.close()
+    except (ValueError, RuntimeError) as error:
+        answer = {"error": str(error)}
+    print(json.dumps(answer), file=answers, flush=True)

@@ -1,0 +1,251 @@
+"""`llmctl export-gguf` and reading GGUF: against llama.cpp where it is installed, and there and back in any case."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+gguf = pytest.importorskip("gguf")
+
+import family_checks as checks  # noqa: E402
+from test_decoder_families import CONFIGS, GEMMA2, GEMMA3, LLAMA3, SHAPE, YARN, longrope  # noqa: E402
+
+from llmctl.errors import UserError  # noqa: E402
+from llmctl.export.gguf.export import export  # noqa: E402
+from llmctl.export.gguf.settings import ExportGgufSettings  # noqa: E402
+from llmctl.generation.session import Session  # noqa: E402
+from llmctl.generation.settings import Sampling  # noqa: E402
+from llmctl.gguf import k_quants  # noqa: E402
+from llmctl.inspection import inspect  # noqa: E402
+from llmctl.models.loading import load_model, read_config  # noqa: E402
+from llmctl.tokenizer import Tokenizer  # noqa: E402
+
+LLAMA_CPP = os.environ.get("LLMCTL_LLAMA_CPP_PYTHON") or (
+    sys.executable if importlib.util.find_spec("llama_cpp") else None
+)
+TEXTS = ["the cat's hats, 1234 dogs\n\n  do nothing;", "HTTPServer don't she'll 42 naïve Ünïcode 東京", "   a  b\t\n"]
+WIDE = SHAPE | {"hidden_size": 64, "intermediate_size": 96}
+LONG = 256  # llama.cpp takes the factors for long texts wherever it is opened for more, and opens no file for less
+NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**WIDE),
+    "llama-bias-llama3": transformers.LlamaConfig(**WIDE, attention_bias=True, mlp_bias=True, **LLAMA3),
+    "llama-yarn-tied": transformers.LlamaConfig(**WIDE, tie_word_embeddings=True, **YARN),
+    "mistral": transformers.MistralConfig(**WIDE, sliding_window=None),
+    "mixtral": transformers.MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen2": transformers.Qwen2Config(**WIDE),
+    "qwen3": transformers.Qwen3Config(**WIDE, head_dim=32),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **WIDE, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, norm_topk_prob=True
+    ),
+    "gemma": transformers.GemmaConfig(**WIDE, head_dim=32),
+    "gemma2": GEMMA2(**WIDE, head_dim=32, sliding_window=6, query_pre_attn_scalar=32),
+    "gemma3_text": GEMMA3(
+        **WIDE | {"num_hidden_layers": 7}, head_dim=32, sliding_window=6, query_pre_attn_scalar=32, **NO_CAPS
+    ),
+    "phi3": transformers.Phi3Config(**WIDE),
+    "phi3-longrope": transformers.Phi3Config(**WIDE, original_max_position_embeddings=LONG, **longrope(8)),
+    "olmo2": transformers.Olmo2Config(**WIDE),
+    "smollm3": transformers.SmolLM3Config(**WIDE | {"num_hidden_layers": 5}),
+    "gpt2": transformers.GPT2Config(n_positions=40, n_embd=64, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train_bpe(["the cat sat on a mat and saw two dogs run by his red house"] * 4, 300)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory):
+    """`checkpoint(name)`: the directory of a random model of a family, with a tokenizer."""
+    made = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            config = copy.deepcopy(FAMILIES[name])
+            config.vocab_size = tokenizer.vocab_size + 3
+            config.max_position_embeddings = 2 * LONG if name == "phi3-longrope" else 40
+            directory = checks.reference(config, tmp_path_factory.mktemp(name)).directory
+            tokenizer.save(directory)
+            made[name] = directory
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    """`llama_cpp(rows)`: what tests/programs/llama_cpp_greedy.py answers to each; skipped without llama-cpp-python."""
+    if LLAMA_CPP is None:
+        pytest.skip("no llama-cpp-python here; LLMCTL_LLAMA_CPP_PYTHON may name a Python that has it")
+    program = Path(__file__).parent / "programs" / "llama_cpp_greedy.py"
+
+    def ask(rows: list[dict]) -> list[dict]:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        result = subprocess.run(
+            [LLAMA_CPP, program], input=lines, capture_output=True, text=True, env=environment, timeout=300
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    return ask
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_there_and_back(name, checkpoint, tmp_path):
+    """What is read from the file is the checkpoint: each parameter, and the logits."""
+    base = checkpoint(name)
+    found = export(base, tmp_path / "model.gguf", ExportGgufSettings(type="f32"))
+    assert found.agreement.kl_divergence < 1e-6
+    ours, again = load_model(base), load_model(tmp_path / "model.gguf")
+    pairs = zip(ours.state_dict().items(), again.state_dict().items(), strict=True)
+    for (key, tensor), (other, value) in pairs:
+        assert key == other and (tensor - value).abs().max() < 1e-6, key
+    text = checks.token_ids(ours.config.vocab_size, 2, 30)
+    with torch.no_grad():
+        assert (ours(text) - again(text)).abs().max() < 1e-4
+
+
+def test_llama_cpp_computes_the_same(checkpoint, llama_cpp, tmp_path):
+    """Ids of texts, and greedy tokens of every family in float32."""
+    rows, expected, ids = [], [], []
+    for name in FAMILIES:
+        base, file = checkpoint(name), tmp_path / f"{name}.gguf"
+        export(base, file, ExportGgufSettings(type="f32"))
+        tokenizer, model = Tokenizer.load(base), load_model(base)
+        for text in ("the cat", TEXTS[0]):
+            prompt = tokenizer.encode(text)[:12]
+            rows.append({"file": str(file), "ids": prompt, "count": 20, "context": LONG})
+            expected.append(checks.our_greedy(model, [prompt], 20, 1)[0])
+            ids.append(prompt)
+    answers = llama_cpp(rows)
+    wrong = {
+        f"{Path(row['file']).stem} {ids_}": (answer.get("error") or answer["greedy"], tokens)
+        for row, ids_, answer, tokens in zip(rows, ids, answers, expected, strict=True)
+        if answer.get("greedy") != tokens
+    }
+    assert not wrong
+
+
+def test_stories_in_llama_cpp_and_here(data, llmctl, llama_cpp, tmp_path):
+    model = data / "models" / "stories260K"
+    session = Session.open(model, device="cpu")
+    rows = []
+    for kind in ("f32", "f16", "q8_0", "q4_k"):
+        result = llmctl("export-gguf", model, "-o", f"{kind}.gguf", "--type", kind)
+        assert result.stdout == f"{tmp_path / kind}.gguf\n" and "same first choice" in result.stderr
+        rows.append({"file": str(tmp_path / f"{kind}.gguf"), "text": "Once upon a time", "count": 60})
+    greedy = session.begin("Once upon a time", Sampling(max_new_tokens=60, temperature=0.0))
+    text = "".join(session.stream(greedy))
+    answers = llama_cpp(rows + [{**rows[0], "text": each, "count": 1} for each in TEXTS])
+    assert [answer["prompt"] for answer in answers[4:]] == [session.tokenizer.encode(each) for each in TEXTS]
+    assert answers[0]["greedy"] == answers[1]["greedy"] == greedy.ids
+    assert all(answer["greedy"][:8] == greedy.ids[:8] for answer in answers[2:4])
+    result = llmctl("generate", "f32.gguf", "Once upon a time", "-n", 60, "--temp", 0)
+    assert result.stdout == f"Once upon a time{text}\n"
+
+
+def test_tokens_of_byte_level_tokenizers(data, llama_cpp, tmp_path):
+    """GPT-2's own vocabulary, and the words that Qwen and Llama 3 cut."""
+    from llmctl.tokenization import byte_level, training
+
+    tokenizers = {"gpt2": Tokenizer.load(data / "tokenizers" / "gpt2")}
+    trained = Tokenizer.train_bpe(TEXTS * 20, 400)
+    for name, pattern in (("qwen2", None), ("llama3", byte_level.CL100K_PATTERN), ("gpt-4o", byte_level.O200K_PATTERN)):
+        spec = json.loads(trained.json)
+        if pattern:
+            spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern
+        spec["model"]["ignore_merges"] = name == "llama3"
+        tokenizers[name] = Tokenizer(json.dumps(spec), {**training.CONFIG, "chat_template": "{{ messages }}"})
+    rows, expected = [], []
+    for name, tokenizer in tokenizers.items():
+        config = transformers.LlamaConfig(
+            **SHAPE | {"vocab_size": tokenizer.vocab_size, "num_hidden_layers": 1, "eos_token_id": tokenizer.eos_id}
+        )
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        tokenizer.save(tmp_path / name)
+        export(tmp_path / name, tmp_path / f"{name}.gguf", ExportGgufSettings())
+        again = Tokenizer.load(tmp_path / f"{name}.gguf")
+        assert again.chat_template == tokenizer.chat_template and again.eos_id == tokenizer.eos_id
+        for text in [*TEXTS, "<|endoftext|>a"]:
+            rows.append({"file": str(tmp_path / f"{name}.gguf"), "text": text, "count": 1})
+            expected.append(tokenizer.encode(text))
+            assert again.encode(text) == expected[-1]
+    assert [answer.get("prompt") for answer in llama_cpp(rows)] == expected
+
+
+@pytest.mark.parametrize(
+    "kind, writer, most", [("Q4_K", k_quants.quantize_q4_k, 0.075), ("Q6_K", k_quants.quantize_q6_k, 0.019)]
+)
+def test_k_quants(kind, writer, most):
+    """The library reads what we wrote; the error on normal values is what llama.cpp's own quantization has."""
+    values = np.random.default_rng(0).standard_normal((8, 1024)).astype(np.float32)
+    values[0] = 0
+    values[1, 300:500] = 0
+    values[2] = np.abs(values[2]) + 3
+    values[3] *= 0.01
+    values[4, 7] = 300
+    again = gguf.quants.dequantize(writer(values), gguf.GGMLQuantizationType[kind])
+    errors = np.sqrt(((again - values) ** 2).mean(1) / (values**2).mean(1).clip(1e-30))
+    assert errors[0] == 0 and np.median(errors[5:]) < most and errors[1:].max() < 2 * most
+
+
+def test_quantized_types(checkpoint, tmp_path):
+    sizes = {}
+    for kind in ("bf16", "q8_0", "q6_k", "q5_0", "q4_1", "q4_0"):
+        found = export(checkpoint("qwen2"), tmp_path / f"{kind}.gguf", ExportGgufSettings(type=kind, tolerance=20.0))
+        sizes[kind] = found.nbytes
+        assert read_config(tmp_path / f"{kind}.gguf").family == "qwen2"
+    record, *rows = inspect(tmp_path / "q4_0.gguf")
+    assert record["family"] == "qwen2" and record["vocab_size"] == record["tokenizer"]["vocab_size"]
+    assert record["bytes_per_dtype"].keys() == {"f32", "q8_0", "q4_0"} and len(rows) == record["tensors"]
+    assert sizes["bf16"] > sizes["q8_0"] > sizes["q5_0"] > sizes["q4_0"]
+    assert load_model(tmp_path / "bf16.gguf").embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_refusals(checkpoint, llmctl, tmp_path):
+    def refused(config, words: str, auto=transformers.AutoModelForCausalLM):
+        directory = checks.reference(config, tmp_path / "refused", auto).directory
+        with pytest.raises(UserError, match=words):
+            export(directory, tmp_path / "out.gguf", ExportGgufSettings())
+
+    bert = transformers.BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    refused(bert, "bert has no GGUF form", transformers.AutoModelForMaskedLM)
+    refused(CONFIGS["gemma2"], r"gemma2 cannot be exported to GGUF: layer 0 scales its scores")
+    refused(CONFIGS["smollm3-windows"], "layers without positions are not every 4th|biases")
+    refused(CONFIGS["llama-one-kv-head"], "activation gelu")
+    refused(CONFIGS["llama"], "has no tokenizer")
+    base = checkpoint("llama")
+    with pytest.raises(UserError, match="ends in .gguf"):
+        export(base, tmp_path / "out", ExportGgufSettings())
+    result = llmctl("export-gguf", base, "-o", "x.gguf", "--type", "q4_0", "--tolerance", "0", code=3)
+    assert "KL divergence may be 0 at most" in result.stderr and not list(tmp_path.glob("*x.gguf*"))
+
+
+def test_broken_files(checkpoint, llmctl, tmp_path):
+    export(checkpoint("gpt2"), tmp_path / "whole.gguf", ExportGgufSettings())
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    choose = random.Random(0)
+    for size in [0, 3, 10, 30, *(choose.randrange(len(whole)) for _ in range(8))]:
+        broken = tmp_path / f"{size}.gguf"
+        broken.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="corrupt|lacks|ends"):
+            load_model(broken)
+    (tmp_path / "other.gguf").write_bytes(b"not a model at all" * 10)
+    assert "corrupt GGUF" in llmctl("generate", "other.gguf", "x", code=1).stderr
+    assert "no such checkpoint" in llmctl("generate", "absent.gguf", "x", code=1).stderr
