@@ -13,7 +13,7 @@ from llmctl.models.cache import Cache
 from llmctl.models.causal_lm import CausalLM
 from llmctl.models.rope_scaling import heeds_length
 
-_LOGITS = 1 << 25  # so many at a time: 128 MiB in float32
+_LOGITS = 1 << 24  # so many at a time: 64 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class LikelihoodScorer:
         pairs = [(row, ids) for row, fork in enumerate(forks) for ids in fork.continuations]
         rows = torch.tensor([row for row, _ in pairs], device=logits_BV.device)
         firsts = torch.tensor([ids[0] for _, ids in pairs], device=logits_BV.device)
-        chosen = logits_BV[rows, firsts] - logits_BV.logsumexp(1)[rows]
-        logprobs, hits = chosen.cpu(), (logits_BV.argmax(1)[rows] == firsts).cpu()
+        logprobs, hits = _logprobs(logits_BV)[rows, firsts].cpu(), (logits_BV.argmax(1)[rows] == firsts).cpu()
         sums, greedy = logprobs.double().tolist(), hits.tolist()
         longer = sorted((i for i, (_, ids) in enumerate(pairs) if len(ids) > 1), key=lambda i: -len(pairs[i][1]))
         for at in range(0, len(longer), self.batch_size):
@@ -106,7 +105,11 @@ class LikelihoodScorer:
         found = []
         for hidden, targets in zip(hidden_ND.split(step), targets_N.split(step), strict=True):
             logits_NV = self.model.logits(hidden[None])[0].float()
-            chosen_N = logits_NV.gather(1, targets[:, None])[:, 0]
-            found.append((chosen_N - logits_NV.logsumexp(1), logits_NV.argmax(1) == targets))
+            found.append((_logprobs(logits_NV).gather(1, targets[:, None])[:, 0], logits_NV.argmax(1) == targets))
         logprobs, hits = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
         return logprobs, hits
+
+
+def _logprobs(logits_NV: torch.Tensor) -> torch.Tensor:
+    """Softmax in torch works row by row; a sum over a dimension gives other last bits for other numbers of rows."""
+    return logits_NV.log_softmax(-1)
