@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,46 @@ def test_tokens_of_byte_level_tokenizers(data, llama_cpp, tmp_path):
     assert [answer.get("prompt") for answer in llama_cpp(rows)] == expected
 
 
+@pytest.fixture(scope="module")
+def bert(data, tmp_path_factory):
+    """A random BERT with the vocabulary of the real one."""
+    config = transformers.BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64
+    )
+    config.vocab_size = len((data / "tokenizers" / "bert" / "vocab.txt").read_text().splitlines())
+    path = tmp_path_factory.mktemp("bert")
+    directory = checks.reference(config, path, transformers.AutoModelForMaskedLM, spread=0.05).directory
+    shutil.copy(data / "tokenizers" / "bert" / "vocab.txt", directory)
+    return directory
+
+
+def test_encoders(bert, llmctl, tmp_path):
+    result = llmctl("export-gguf", bert, "-o", "bert.gguf", "--type", "f32")
+    assert "cosine of 1.00000" in result.stderr
+    assert Tokenizer.load(tmp_path / "bert.gguf").encode("Ünaffable, 東京!") == Tokenizer.load(bert).encode(
+        "Ünaffable, 東京!"
+    )
+    (tmp_path / "texts").write_text("the cat sat\n")
+    vectors = [json.loads(llmctl("embed", path, "texts").stdout) for path in (bert, "bert.gguf")]
+    assert vectors[0]["tokens"] == vectors[1]["tokens"] if "tokens" in vectors[0] else True
+    one, other = (np.array(next(v for v in each.values() if isinstance(v, list))) for each in vectors)
+    assert np.abs(one - other).max() < 1e-5
+    assert "base model" in llmctl("fill-mask", "bert.gguf", "the [MASK] sat", code=1).stderr
+
+
+def test_encoders_in_llama_cpp(bert, llama_cpp, tmp_path):
+    """Ids of texts, and mean-pooled vectors; llama.cpp's GELU is the one by tanh."""
+    export(bert, tmp_path / "bert.gguf", ExportGgufSettings(type="f32"))
+    tokenizer, model = Tokenizer.load(bert), load_model(bert)
+    texts = ["the cat sat on the mat", "Unaffable naïve café, 42 things!"]
+    answers = llama_cpp([{"file": str(tmp_path / "bert.gguf"), "embed": text} for text in texts])
+    for text, answer in zip(texts, answers, strict=True):
+        assert answer["prompt"] == tokenizer.encode(text)
+        with torch.no_grad():
+            expected = model.hidden(torch.tensor([tokenizer.encode(text)]))[0].mean(0)
+        assert torch.cosine_similarity(torch.tensor(answer["vector"]), expected, dim=0) > 0.9999
+
+
 @pytest.mark.parametrize(
     "kind, writer, most", [("Q4_K", k_quants.quantize_q4_k, 0.075), ("Q6_K", k_quants.quantize_q6_k, 0.019)]
 )
@@ -222,10 +263,16 @@ def test_refusals(checkpoint, llmctl, tmp_path):
         with pytest.raises(UserError, match=words):
             export(directory, tmp_path / "out.gguf", ExportGgufSettings())
 
-    bert = transformers.BertConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    esm = transformers.EsmConfig(
+        vocab_size=33,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        pad_token_id=1,
+        mask_token_id=32,
     )
-    refused(bert, "bert has no GGUF form", transformers.AutoModelForMaskedLM)
+    refused(esm, "esm has no GGUF form", transformers.AutoModelForMaskedLM)
     refused(CONFIGS["gemma2"], r"gemma2 cannot be exported to GGUF: layer 0 scales its scores")
     refused(CONFIGS["smollm3-windows"], "layers without positions are not every 4th|biases")
     refused(CONFIGS["llama-one-kv-head"], "activation gelu")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+from gguf import PoolingType
 
 from llmctl.errors import UserError
 from llmctl.models import rope_scaling
@@ -25,10 +27,11 @@ NAMES = {
     "olmo2": "olmo2",
     "smollm3": "smollm3",
     "gpt2": "gpt2",
+    "bert": "bert",
 }
 """Of GGUF, by our family."""
 
-_BIASES = {"llama": "all", "mistral": "all", "mixtral": "attention", "gpt2": "all", "qwen2": "qkv"}
+_BIASES = {"llama": "all", "mistral": "all", "mixtral": "attention", "gpt2": "all", "bert": "all", "qwen2": "qkv"}
 """Which biases an architecture of llama.cpp has; none where nothing is said."""
 _PERIODS = {"gemma2": 2, "gemma3_text": 6}
 """Of those architectures whose last layer of so many has no window; others have no windows at all."""
@@ -48,11 +51,18 @@ def refuse(config: ModelConfig) -> None:
         raise UserError(f"{config.family} cannot be exported to GGUF: {reason}", hint="llama.cpp computes it otherwise")
 
 
+def in_file(config: ModelConfig) -> ModelConfig:
+    """What of a model a file holds: encoders are there for their hidden states, without a head."""
+    if config.kind != "masked":
+        return config
+    return replace(config, head=None, classifier=None, carried=(), tie_embeddings=False)
+
+
 def _obstacles(config: ModelConfig) -> Iterator[str]:
-    if config.classifier is not None or config.head is None:
+    if config.kind == "causal" and (config.classifier is not None or config.head is None):
         yield "it has no head that predicts tokens"
         return
-    if config.head.bias or config.head.scale != 1.0:
+    if config.head is not None and (config.head.bias or config.head.scale != 1.0):
         yield "its head has a bias or a scale"
     for layer in range(config.n_layers):
         block = config.block(layer)
@@ -105,8 +115,9 @@ def _rope_obstacles(config: ModelConfig, mixer: Attention, layer: int) -> Iterat
 
 def _ffn_obstacles(config: ModelConfig, ffn: Any, layer: int) -> Iterator[str]:
     expert = ffn.expert if isinstance(ffn, Moe) else ffn
-    wanted = "gelu_tanh" if config.family.startswith("gemma") or config.family == "gpt2" else "silu"
-    if expert.activation != wanted:
+    wanted = "gelu_tanh" if config.family.startswith("gemma") or config.family in ("gpt2", "bert") else "silu"
+    # llama.cpp has one GELU, by tanh, for both kinds of BERT; the two differ by 0.0005 at most.
+    if expert.activation != wanted and (config.family, expert.activation) != ("bert", "gelu"):
         yield f"layer {layer} has the activation {expert.activation}, not {wanted}"
     if isinstance(expert, GatedMlp) and expert.bias and _BIASES.get(config.family) != "all":
         yield f"layer {layer} has biases in its feed-forward part"
@@ -154,6 +165,8 @@ def metadata(config: ModelConfig) -> dict[str, Any]:
     }
     if not isinstance(config.positions, LearnedPositions):
         keys |= {"attention.key_length": mixer.head_dim, "attention.value_length": mixer.head_dim}
+    if config.kind == "masked":
+        keys |= {"attention.causal": False, "pooling_type": int(PoolingType.MEAN)}
     if isinstance(ffn, Moe):
         keys |= {"expert_count": ffn.n_experts, "expert_used_count": ffn.top_k}
         keys["expert_feed_forward_length"] = expert.d_ff
@@ -164,7 +177,7 @@ def metadata(config: ModelConfig) -> dict[str, Any]:
         keys["attention.sliding_window"] = mixer.window or 0
     if mixer.softcap:
         keys["attn_logit_softcapping"] = float(mixer.softcap)
-    if config.head.softcap:
+    if config.head is not None and config.head.softcap:
         keys["final_logit_softcapping"] = float(config.head.softcap)
     return keys | (_rope_keys(rope, mixer) if rope else {})
 

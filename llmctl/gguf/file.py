@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from llmctl.errors import UserError
-from llmctl.gguf import hf_config, tensors
+from llmctl.gguf import architectures, hf_config, tensors
 from llmctl.models import families, weights
 from llmctl.models.config import ModelConfig
 from llmctl.tensor_file import LazyTensor
@@ -99,7 +99,7 @@ class GgufTensors:
         self.path, self._file = Path(path), opened(path)
         hf = read_config(path)
         self._family = families.find(hf["model_type"])
-        self._config: ModelConfig = self._family.config_from_hf(hf)
+        self._config: ModelConfig = architectures.in_file(self._family.config_from_hf(hf))
         self._shapes = shapes = _shapes(self._config)
         found = tensors.entries(self._config, shapes)
         missing = [entry.name for entry in found if entry.name not in self._file.tensors]

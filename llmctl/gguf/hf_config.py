@@ -21,6 +21,7 @@ _FAMILIES = {
     "olmo2": "olmo2",
     "smollm3": "smollm3",
     "gpt2": "gpt2",
+    "bert": "bert",
 }
 _PERIODS = {"gemma2": 2, "gemma3_text": 6}
 
@@ -44,6 +45,9 @@ def of_keys(fields: dict[str, Any], tensors: set[str], read: Callable[[str], tor
         "tie_word_embeddings": "output.weight" not in tensors,
         **_ids(fields),
     }
+    if family == "bert":
+        types = len(read("token_types.weight")) if "token_types.weight" in tensors else 0
+        return {**common, **_bert(keys), "type_vocab_size": types, "tie_word_embeddings": True}
     return common | (_gpt2(keys) if family == "gpt2" else _llama_like(family, keys, tensors, read))
 
 
@@ -63,6 +67,18 @@ def _gpt2(keys: dict[str, Any]) -> dict[str, Any]:
         "n_positions": keys["context_length"],
         "n_inner": keys["feed_forward_length"],
         "layer_norm_epsilon": keys["attention.layer_norm_epsilon"],
+    }
+
+
+def _bert(keys: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "hidden_size": keys["embedding_length"],
+        "num_hidden_layers": keys["block_count"],
+        "num_attention_heads": keys["attention.head_count"],
+        "intermediate_size": keys["feed_forward_length"],
+        "max_position_embeddings": keys["context_length"],
+        "layer_norm_eps": keys["attention.layer_norm_epsilon"],
+        "hidden_act": "gelu",
     }
 
 

@@ -22,6 +22,8 @@ _KINDS = ("weight", "bias")
 _SIMPLE = {
     "token_embd": "embed_tokens",
     "position_embd": "embed_positions",
+    "token_types": "embed_types",
+    "token_embd_norm": "embed_norm",
     "output_norm": "norm",
     "output": "lm_head",
     "blk.{}.attn_norm": "layers.{}.mixer_norm",
@@ -29,6 +31,8 @@ _SIMPLE = {
     "blk.{}.attn_k_norm": "layers.{}.mixer.k_norm",
     "blk.{}.attn_output": "layers.{}.mixer.o_proj",
     "blk.{}.post_attention_norm": "layers.{}.mixer_output_norm",
+    "blk.{}.attn_output_norm": "layers.{}.mixer_sum_norm",
+    "blk.{}.layer_output_norm": "layers.{}.ffn_sum_norm",
     "blk.{}.ffn_norm": "layers.{}.ffn_norm",
     "blk.{}.post_ffw_norm": "layers.{}.ffn_output_norm",
     "blk.{}.ffn_down": "layers.{}.ffn.down_proj",

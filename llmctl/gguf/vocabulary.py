@@ -10,7 +10,7 @@ import tokenizers
 from llmctl import chat_template
 from llmctl.errors import UserError
 from llmctl.ops import bpe
-from llmctl.tokenization import added, byte_level, decoding, draft, sentencepiece, training
+from llmctl.tokenization import added, byte_level, decoding, draft, sentencepiece, training, wordpiece
 from llmctl.tokenization.piece_model import Algorithm, Kind, Piece, PieceModel
 from llmctl.tokenizer import Tokenizer
 
@@ -23,7 +23,15 @@ _READ = {"gpt-2": bpe.SPLIT_GPT2, "default": bpe.SPLIT_GPT2, "qwen2": bpe.SPLIT_
 _READ |= {"smaug-bpe": bpe.SPLIT_CL100K, "llama-bpe": bpe.SPLIT_CL100K, "llama3": bpe.SPLIT_CL100K}
 _READ |= {"gpt-4o": bpe.SPLIT_O200K, "smollm": bpe.SPLIT_DIGITS, "deepseek-r1-qwen": bpe.SPLIT_QWEN2}
 _IGNORING_MERGES = ("llama-bpe", "llama3")
-_ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "seperator": "sep", "mask": "mask"}
+_ROLES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unknown": "unk",
+    "padding": "pad",
+    "seperator": "sep",
+    "mask": "mask",
+    "cls": "cls",
+}
 """Of the keys `tokenizer.ggml.*_token_id` (spelled as llama.cpp does) and of ours."""
 
 
@@ -31,11 +39,14 @@ def keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """Raises UserError naming the part of the tokenizer that GGUF, or llama.cpp, has no form for."""
     spec = json.loads(tokenizers.Tokenizer.from_str(tokenizer.json).to_str())
     model = spec["model"]
-    if model["type"] != "BPE":
+    if model["type"] == "WordPiece":
+        made = _words(spec, tokenizer)
+    elif model["type"] != "BPE":
         raise _refusal(f"the model {model['type']}")
-    alphabet = all(character in model["vocab"] for character in training.byte_characters().values())
-    made = _byte_level(spec, tokenizer) if alphabet and not model["byte_fallback"] else _pieces(spec, tokenizer)
-    made = {**made, **_special(tokenizer)}
+    else:
+        alphabet = all(character in model["vocab"] for character in training.byte_characters().values())
+        made = _byte_level(spec, tokenizer) if alphabet and not model["byte_fallback"] else _pieces(spec, tokenizer)
+    made = {**made, **_special(tokenizer, model["type"])}
     texts, types = made["tokenizer.ggml.tokens"], made["tokenizer.ggml.token_type"]
     for token_id in range(len(texts), vocab_size):  # rows of the embedding that no token has
         texts.append(f"[PAD{token_id}]")
@@ -56,13 +67,16 @@ def _refusal(part: str) -> UserError:
     )
 
 
-def _special(tokenizer: Tokenizer) -> dict[str, Any]:
+def _special(tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for theirs, ours in _ROLES.items():
         token_id = getattr(tokenizer, f"{ours}_id")
         if token_id is not None:
             made[f"tokenizer.ggml.{theirs}_token_id"] = token_id
     front, back = tokenizer.text_edges
+    if kind == "WordPiece" and front == [tokenizer.cls_id] and back == [tokenizer.sep_id]:
+        made["tokenizer.ggml.bos_token_id"] = tokenizer.cls_id  # the name that llama.cpp has for it
+        return made | {"tokenizer.ggml.cls_token_id": tokenizer.cls_id}
     if front not in ([], [tokenizer.bos_id]) or back not in ([], [tokenizer.eos_id]):
         raise _refusal("other tokens than BOS and EOS around a text")
     made["tokenizer.ggml.add_bos_token"] = bool(front)
@@ -103,6 +117,44 @@ def _byte_level(spec: dict, tokenizer: Tokenizer) -> dict[str, Any]:
         "tokenizer.ggml.merges": [" ".join(pair) for pair in spec["model"]["merges"]],
         "tokenizer.ggml.add_space_prefix": byte_level.adds_space(spec),
     }
+
+
+def _words(spec: dict, tokenizer: Tokenizer) -> dict[str, Any]:
+    """BERT's: what begins a word has the mark of a space there, and what continues one has none."""
+    normalizer, model = spec["normalizer"] or {}, spec["model"]
+    if (
+        normalizer.get("type") != "BertNormalizer"
+        or not normalizer["lowercase"]
+        or normalizer["strip_accents"] is False
+    ):
+        raise _refusal("words with capitals or accents, which llama.cpp takes off")
+    if (spec["pre_tokenizer"] or {}).get("type") != "BertPreTokenizer" or model["continuing_subword_prefix"] != "##":
+        raise _refusal("words that are not BERT's")
+    texts, types = _tokens(spec, tokenizer, {})
+    return {
+        "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.pre": "jina-v2-en",
+        "tokenizer.ggml.tokens": [_to_mark(text) for text in texts],
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.token_type_count": 2,
+    }
+
+
+def _to_mark(text: str) -> str:
+    if _is_bracketed(text):
+        return text
+    return text[2:] if text.startswith("##") else sentencepiece.SPACE + text
+
+
+def _from_mark(text: str) -> str:
+    if _is_bracketed(text):
+        return text
+    return text[1:] if text.startswith(sentencepiece.SPACE) else f"##{text}"
+
+
+def _is_bracketed(text: str) -> bool:
+    """A special token, or one that is free for use."""
+    return len(text) > 2 and text.startswith("[") and text.endswith("]")
 
 
 def _pieces(spec: dict, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -156,9 +208,14 @@ def tokenizer_json(fields: dict[str, Any]) -> tuple[str, dict]:
         config["chat_template"] = templates["default"] if list(templates) == ["default"] else several
     if kind == "gpt2":
         return draft.finished(_read_byte_level(fields, texts, types), config)
+    if kind == "bert":
+        words = [_from_mark(text) for text in texts]
+        roles = {role: text for role, text in config.items() if role.endswith("_token") and isinstance(text, str)}
+        roles.pop("bos_token", None)
+        return wordpiece.convert("\n".join(words), roles, "bert")
     if kind == "llama":
         return draft.finished(_read_pieces(fields, texts, types, config), config)
-    raise UserError(f"the GGUF file's tokenizer is of the kind {kind!r}", hint="llmctl reads gpt2 and llama")
+    raise UserError(f"the GGUF file's tokenizer is of the kind {kind!r}", hint="llmctl reads gpt2, llama and bert")
 
 
 def _added(texts: list[str], types: list[int]) -> list[dict]:

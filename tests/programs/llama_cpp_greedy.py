@@ -1,7 +1,6 @@
 """What llama.cpp makes of GGUF files: run with a Python that has llama-cpp-python.
 
-Standard input: JSON Lines {"file", "text" or "ids", "count", "context"}; standard output: for each {"prompt": ids, "greedy": ids}, or
-{"error"}.
+Standard input: JSON Lines {"file", "text" or "ids", "count", "context"}; standard output: for each {"prompt": ids, "greedy": ids}, or {"error"}.
 """
 
 import json
@@ -15,6 +14,11 @@ os.dup2(2, 1)  # the library writes where it likes
 for line in sys.stdin:
     row = json.loads(line)
     try:
+        if "embed" in row:
+            model = Llama(row["file"], embedding=True, n_ctx=0, verbose=False)
+            ids = model.tokenize(row["embed"].encode(), add_bos=True, special=True)
+            print(json.dumps({"prompt": ids, "vector": model.embed(row["embed"])}), file=answers, flush=True)
+            continue
         model = Llama(
             row["file"],
             n_ctx=row.get("context", 0),

@@ -34,10 +34,20 @@ log = logging.getLogger("llmctl")
 
 
 @dataclass(frozen=True)
+class States:
+    """How near an encoder's hidden states are: the least cosine of two of them, over all positions of a few texts."""
+
+    least_cosine: float
+
+    def __str__(self) -> str:
+        return f"hidden states with a cosine of {self.least_cosine:.5f} at least"
+
+
+@dataclass(frozen=True)
 class Exported:
     path: Path
     nbytes: int
-    agreement: agreement.Agreement
+    agreement: agreement.Agreement | States
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ def export(base: str | Path, output: str | Path, settings: ExportGgufSettings) -
     files.refuse_existing(output, settings.overwrite)
     if (base / "adapter_config.json").exists():
         raise UserError(f"{base}: an adapter, which is no whole model", hint="llmctl merge-lora makes it one")
-    config = stored_config(base)
+    config = architectures.in_file(stored_config(base))
     architectures.refuse(config)
     if not has_tokenizer(base):
         raise UserError(f"{base}: has no tokenizer, and llama.cpp opens no file without one")
@@ -158,10 +168,22 @@ def _check(
         for text in TEXTS:
             if again.encode(text) != tokenizer.encode(text):
                 raise CheckFailed(f"the file's tokenizer gives other ids for {text[:40]!r}", hint="nothing was written")
-        before = StreamedModel(base)
+        before, after = StreamedModel(base), StreamedModel(path)
         probes = agreement.probe_ids(tokenizer, before.config.vocab_size)[:, :longest]
-        found = agreement.measure(before.logits, StreamedModel(path).logits, probes)
+        if before.config.kind == "masked":
+            return _check_states(before.model.hidden(probes), after.model.hidden(probes), settings)
+        found = agreement.measure(before.logits, after.logits, probes)
     agreement.require(found, settings.largest_divergence)
+    return found
+
+
+def _check_states(before_BTD: torch.Tensor, after_BTD: torch.Tensor, settings: ExportGgufSettings) -> States:
+    found = States(float(torch.cosine_similarity(before_BTD, after_BTD, dim=-1).min()))
+    if not 1 - found.least_cosine <= settings.largest_divergence:
+        raise CheckFailed(
+            f"the file does not compute what it should: {found}",
+            hint=f"nothing was written; the cosine may be {settings.largest_divergence:g} below 1 (--tolerance)",
+        )
     return found
 
 

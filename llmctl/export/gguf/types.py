@@ -25,7 +25,7 @@ _BLOCKS = {Type.Q4_K: 256, Type.Q6_K: 256, Type.Q8_0: 32, Type.Q5_0: 32, Type.Q4
 _BYTES = {Type.Q4_K: 144, Type.Q6_K: 210, Type.Q8_0: 34, Type.Q5_0: 22, Type.Q4_1: 20, Type.Q4_0: 18}
 _NARROW = {Type.Q4_K: Type.Q5_0, Type.Q6_K: Type.Q8_0}
 """In place of types of 256 values to a block, for rows that are no multiple of that."""
-_FLOAT32 = ("ffn_gate_inp", "position_embd", "rope_")
+_FLOAT32 = ("ffn_gate_inp", "position_embd", "token_types", "rope_")
 
 
 def type_of(name: str, shape: tuple[int, ...], wanted: str, n_layers: int, is_head: bool) -> Type:
