@@ -214,6 +214,19 @@ def test_compacting(engine):
     assert talk.conversation.system.startswith("Summary")
 
 
+def test_compacting_where_the_template_takes_no_system_message(tmp_path):
+    from llmctl.chat.shortening import compact
+
+    path = save_model(tmp_path / "strict")
+    with_template(Tokenizer.bytes(), CHATML.replace("'system', ", "")).save(path)
+    talk = Talk(Engine.open(path, device="cpu"), Conversation(), GREEDY)
+    for question in ("one", "two"):
+        ask(talk, question)
+    compact(talk)
+    assert [message["role"] for message in talk.conversation.messages] == ["user", "assistant"]
+    assert talk.conversation.messages[0]["content"].startswith("Summary") and ask(talk, "more") is not None
+
+
 def test_an_answer_that_the_context_cuts_says_so(engine):
     talk = Talk(engine, Conversation(), Sampling(temperature=0.0, max_new_tokens=1000, seed=0, ignore_eos=True))
     events = list(talk.ask("hi"))
@@ -344,6 +357,19 @@ def test_a_broken_turn_ends_a_pipe_after_the_answers_in_front_of_it(llmctl, mode
 )
 def test_flags_that_contradict_each_other(llmctl, model, flags):
     assert len(llmctl("chat", model, *flags, input="hi\n", code=2).stderr.splitlines()) <= 2
+
+
+def test_documents_come_with_the_question(llmctl, tmp_path):
+    model = save_model(tmp_path / "wide", positions=1024)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("The ship left Bremen in 1911.\n")
+    flags = ("--docs", "docs", "-n", 5, "--temperature", 0, "--session", "s.jsonl")
+    result = llmctl("chat", model, *flags, input='{"role": "user", "content": "When did the ship leave?"}\n')
+    assert json.loads(result.stdout)["sources"] == ["a.txt:1"]
+    message = json.loads((tmp_path / "s.jsonl").read_text())["messages"][0]
+    assert "> The ship left Bremen" in message["content"] and message["question"] == "When did the ship leave?"
+    (tmp_path / "docs" / ".llmctl-index").write_bytes(b"broken")
+    assert "no index that can be read" in llmctl("chat", model, "--docs", "docs", input="hi\n", code=1).stderr
 
 
 def test_a_vote(llmctl, model):

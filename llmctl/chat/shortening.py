@@ -38,8 +38,12 @@ def compact(talk: Talk) -> str:
                 raise
     summary = pieces[-1][1].text.strip()
     note = f"Summary of the conversation so far: {summary}"
-    conversation.messages = conversation.messages[at:]
-    conversation.set_system(f"{own}\n\n{note}" if own else note)
+    rest = conversation.messages[at:]
+    conversation.messages = [{"role": "system", "content": f"{own}\n\n{note}" if own else note}, *rest]
+    try:
+        engine.prompt.text(conversation.messages)
+    except UserError:  # some templates take no system message
+        conversation.messages = [{**rest[0], "content": f"{note}\n\n{rest[0]['content']}"}, *rest[1:]]
     left_out = f"; the {n_left_out} oldest did not fit and are lost" if n_left_out else ""
     now = engine.count(conversation.messages)
     return f"{len(old)} messages became a summary: {before} tokens, now {now}{left_out}"

@@ -132,10 +132,12 @@ def update(
     new = [passage for passages in fresh.values() for passage in passages]
     is_kept = [passage.path in files and passage.path not in fresh for passage in (old.passages if old else ())]
     passages = [passage for passage, stays in zip(old.passages if old else (), is_kept) if stays] + new
-    vectors_ND = np.zeros((0, 0), np.float32)
-    if embed_model is not None:
+    vectors_ND = (
+        old.vectors_ND[np.array(is_kept)] if old and embed_model and any(is_kept) else np.zeros((0, 0), np.float32)
+    )
+    if embed_model is not None and new:
         found_MD = Vectorizer(embed_model).vectors([passage.text for passage in new], report)
-        vectors_ND = np.concatenate([old.vectors_ND[np.array(is_kept)], found_MD]) if any(is_kept) else found_MD
+        vectors_ND = np.concatenate([vectors_ND, found_MD]) if len(vectors_ND) else found_MD
     if old is None or files != before:
         embedder = None if embed_model is None else identity(embed_model)
         Index(directory, files, passages, embedder, vectors_ND, characters)._save()
