@@ -18,8 +18,8 @@ from llmctl.quantize.scheme import Scheme
 from llmctl.quantize.settings import QuantizeSettings
 from llmctl.quantize.spool import Spool
 
-BLOCK = 128
-"""Columns whose errors are gathered before the others are changed."""
+LEAF = 16
+"""Columns that are changed one by one; the errors of more go by a product of matrices."""
 ATTEMPTS = 4
 
 
@@ -41,16 +41,18 @@ def solve(
     n_in, size = weight_NK.shape[1], scheme.size(weight_NK.shape[1])
     order = importance_K.argsort(descending=True) if act_order else torch.arange(n_in)
     middle_NJ = torch.full_like(scales_NJ, 1 << (scheme.bits - 1)) if zeros_NJ is None else zeros_NJ
-    groups = order // size
-    codes_NK = _column_by_column(
-        weight_NK[:, order],
+    rounds = _Rounds(
+        weight_NK.mT[order].contiguous(),
         _inverse_root(hessian_KK[order][:, order], damping),
-        scales_NJ[:, groups],
-        middle_NJ[:, groups],
+        scales_NJ.mT.contiguous(),
+        middle_NJ.mT.contiguous(),
+        (order // size).tolist(),
         (1 << scheme.bits) - 1,
     )
+    rounds.run(0, n_in)
+    codes_NK = rounds.codes_KN[order.argsort()].mT
     zeros_NJ = None if zeros_NJ is None else zeros_NJ.to(torch.uint8)
-    return AffineWeight(codes_NK[:, order.argsort()].contiguous(), scales_NJ.to(dtype), zeros_NJ, scheme.bits, size)
+    return AffineWeight(codes_NK.contiguous(), scales_NJ.to(dtype), zeros_NJ, scheme.bits, size)
 
 
 def _inverse_root(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
@@ -73,24 +75,34 @@ def _inverse_root(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
     )
 
 
-def _column_by_column(
-    weight_NK: torch.Tensor, upper_KK: torch.Tensor, scales_NK: torch.Tensor, zeros_NK: torch.Tensor, top: int
-) -> torch.Tensor:
-    """uint8 codes [N, K]; `weight_NK` is used up."""
-    codes_NK = torch.empty_like(weight_NK, dtype=torch.uint8)
-    n_in = weight_NK.shape[1]
-    for first in range(0, n_in, BLOCK):
-        last = min(first + BLOCK, n_in)
-        block_NB, errors_NB = weight_NK[:, first:last], torch.empty(len(weight_NK), last - first)
+class _Rounds:
+    """Columns of the matrix, here rows, rounded in their order; a half's errors reach the other half in one product."""
+
+    def __init__(self, weight_KN, upper_KK, scales_JN, zeros_JN, groups: list[int], top: int):
+        """`weight_KN` is used up."""
+        self._weight_KN, self._upper_KK = weight_KN, upper_KK
+        self._scales_JN, self._zeros_JN, self._groups, self._top = scales_JN, zeros_JN, groups, top
+        self._pivots = upper_KK.diagonal().tolist()
+        self._errors_KN = torch.empty_like(weight_KN)
+        self.codes_KN = torch.empty_like(weight_KN, dtype=torch.uint8)
+
+    def run(self, first: int, last: int) -> None:
+        if last - first > LEAF:
+            middle = (first + last) // 2
+            self.run(first, middle)
+            self._weight_KN[middle:last].addmm_(
+                self._upper_KK[first:middle, middle:last].mT, self._errors_KN[first:middle], alpha=-1
+            )
+            self.run(middle, last)
+            return
         for column in range(first, last):
-            here = column - first
-            w_N, scale_N, zero_N = block_NB[:, here], scales_NK[:, column], zeros_NK[:, column]
-            code_N = (w_N / scale_N).round_().add_(zero_N).clamp_(0, top)
-            codes_NK[:, column] = code_N
-            errors_NB[:, here] = (w_N - (code_N - zero_N) * scale_N) / upper_KK[column, column]
-            block_NB[:, here + 1 :].addr_(errors_NB[:, here], upper_KK[column, column + 1 : last], alpha=-1)
-        weight_NK[:, last:] -= errors_NB @ upper_KK[first:last, last:]
-    return codes_NK
+            scale_N, zero_N = (values[self._groups[column]] for values in (self._scales_JN, self._zeros_JN))
+            w_N, error_N = self._weight_KN[column], self._errors_KN[column]
+            code_N = (w_N / scale_N).round_().add_(zero_N).clamp_(0, self._top)
+            self.codes_KN[column] = code_N
+            torch.sub(w_N, code_N.sub_(zero_N).mul_(scale_N), out=error_N)
+            error_N.div_(self._pivots[column])
+            self._weight_KN[column + 1 : last].addr_(self._upper_KK[column, column + 1 : last], error_N, alpha=-1)
 
 
 class Gptq:
