@@ -12,7 +12,7 @@ from llmctl import agreement, checkpoint
 from llmctl.errors import CalledWrongly, CheckFailed, UserError
 from llmctl.models.config import ModelConfig
 from llmctl.models.initialization import new_model
-from llmctl.models.loading import load_model, save_model
+from llmctl.models.loading import load_model, read_config, save_model
 from llmctl.models.shapes import for_parameters
 from llmctl.models.streaming import StreamedModel
 from llmctl.quantize import calibration, gptq, matrices, rounding
@@ -148,6 +148,23 @@ def test_methods_work_for_every_kind_of_model(saved, tmp_path, method, monkeypat
     assert found.agreement.kl_divergence < nearest.agreement.kl_divergence * 1.1
     before, after = StreamedModel(saved).logits(IDS), StreamedModel(tmp_path / method).logits(IDS)
     assert 0 < (before - after).abs().max() < before.abs().max()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_experts_are_calibrated_on_their_own_tokens(tmp_path, method, monkeypatch):
+    hf = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    experts = dict(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", **hf, **experts}))
+    model = new_model(read_config(tmp_path), 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.05)
+    save_model(model, tmp_path)
+    monkeypatch.setattr(calibration, "read", lambda *_: rows(tmp_path))
+    found = quantize(tmp_path, tmp_path / "out", settings(format="int8", method=method, calibration="text"))
+    assert found.modules == 2 * (4 + 4 * 3)
+    assert found.agreement.kl_divergence < 1e-3
+    assert not any("gate.weight_packed" in name for name in checkpoint.open_tensors(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("method,share", [("gptq", 0.7), ("awq", 0.95)])

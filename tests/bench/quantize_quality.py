@@ -39,6 +39,9 @@ def main() -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--held-out", required=True)
     parser.add_argument("--ggml", help="libggml-base.so of llama.cpp")
+    parser.add_argument("--samples", type=int, default=64, help="sequences to calibrate on")
+    parser.add_argument("--length", type=int, default=256, help="tokens in each, and in the held-out ones")
+    parser.add_argument("--rows", type=int, default=64, help="held-out sequences")
     parser.add_argument("--only", default="", help="regular expression of the rows to run")
     args = parser.parse_args()
 
@@ -50,8 +53,8 @@ def main() -> None:
     from llmctl.tokenizer import Tokenizer
 
     ids = torch.tensor(Tokenizer.load(args.model).encode(Path(args.held_out).read_text()))
-    length = min(512, stored_config(args.model).max_positions or 512)
-    ids_BT = ids[: len(ids) // length * length].view(-1, length)[:64]
+    length = min(args.length, stored_config(args.model).max_positions or args.length)
+    ids_BT = ids[: len(ids) // length * length].view(-1, length)[: args.rows]
     before = StreamedModel(args.model)
 
     def show(name, bits, after, seconds):
@@ -85,7 +88,13 @@ def _ours(args, changes: dict):
 
     start = time.perf_counter()
     output = Path(tempfile.mkdtemp(prefix="llmctl-bench-")) / "out"
-    settings = QuantizeSettings(tolerance=1e9, calibration=args.calibration, **changes)
+    settings = QuantizeSettings(
+        tolerance=1e9,
+        calibration=args.calibration,
+        calibration_samples=args.samples,
+        calibration_length=args.length,
+        **changes,
+    )
     found = quantize(args.model, output, settings)
     return found.bits_per_weight, StreamedModel(output), time.perf_counter() - start
 
