@@ -21,6 +21,8 @@ from llmctl.quantize.spool import Spool
 LEAF = 16
 """Columns that are changed one by one; the errors of more go by a product of matrices."""
 ATTEMPTS = 4
+REFITS, RIDGE = 1, 0.01
+"""How often scales are fitted and codes chosen again, and how much of a scale's own square holds it back."""
 
 
 def solve(
@@ -30,29 +32,54 @@ def solve(
     dtype: torch.dtype,
     act_order: bool = True,
     damping: float = 0.01,
+    refits: int = REFITS,
 ) -> AffineWeight:
     """Codes of a matrix (float32) whose inputs have the second moments `hessian_KK` (float32, any factor).
 
     Groups keep their own columns and have their scales (of `dtype`) from the start, so that with `act_order`, columns of
-    large inputs first, the result looks no different. Raises UserError where the moments cannot be inverted.
+    large inputs first, the result looks no different. Then the scales are fitted to the codes, and so on. Raises UserError
+    where the moments cannot be inverted.
     """
-    importance_K = hessian_KK.diagonal().clone()
-    scales_NJ, zeros_NJ = rounding.scales_and_zeros(weight_NK, scheme, dtype, importance_K)
-    n_in, size = weight_NK.shape[1], scheme.size(weight_NK.shape[1])
-    order = importance_K.argsort(descending=True) if act_order else torch.arange(n_in)
+    n_in, size, top = weight_NK.shape[1], scheme.size(weight_NK.shape[1]), (1 << scheme.bits) - 1
+    order = hessian_KK.diagonal().argsort(descending=True) if act_order else torch.arange(n_in)
+    back = order.argsort()
+    upper_KK = _inverse_root(hessian_KK[order][:, order], damping)
+    # what an error of each column costs after the others have made up for it (the paper's equation 2)
+    costs_K = upper_KK.diagonal()[back] ** -2
+    scales_NJ, zeros_NJ = rounding.scales_and_zeros(weight_NK, scheme, dtype, costs_K)
     middle_NJ = torch.full_like(scales_NJ, 1 << (scheme.bits - 1)) if zeros_NJ is None else zeros_NJ
-    rounds = _Rounds(
-        weight_NK.mT[order].contiguous(),
-        _inverse_root(hessian_KK[order][:, order], damping),
-        scales_NJ.mT.contiguous(),
-        middle_NJ.mT.contiguous(),
-        (order // size).tolist(),
-        (1 << scheme.bits) - 1,
-    )
-    rounds.run(0, n_in)
-    codes_NK = rounds.codes_KN[order.argsort()].mT
+    groups, ordered_KN = (order // size).tolist(), weight_NK.mT[order]
+    for left in range(refits, -1, -1):
+        rounds = _Rounds(
+            ordered_KN.clone(), upper_KK, scales_NJ.mT.contiguous(), middle_NJ.mT.contiguous(), groups, top
+        )
+        rounds.run(0, n_in)
+        codes_NK = rounds.codes_KN[back].mT.contiguous()
+        if left:
+            scales_NJ = _fitted(weight_NK, hessian_KK, codes_NK, scales_NJ, middle_NJ, size, dtype)
+    if refits:
+        scales_NJ = _fitted(weight_NK, hessian_KK, codes_NK, scales_NJ, middle_NJ, size, dtype)
     zeros_NJ = None if zeros_NJ is None else zeros_NJ.to(torch.uint8)
-    return AffineWeight(codes_NK.contiguous(), scales_NJ.to(dtype), zeros_NJ, scheme.bits, size)
+    return AffineWeight(codes_NK, scales_NJ.to(dtype), zeros_NJ, scheme.bits, size)
+
+
+def _fitted(weight_NK, hessian_KK, codes_NK, scales_NJ, zeros_NJ, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """The scales that, with these codes, change the outputs least: least squares of each row in the metric of the moments."""
+    grid_NJG = rounding.in_groups(codes_NK.float(), size) - zeros_NJ[..., None]
+    if (filled := grid_NJG.shape[1] * size - weight_NK.shape[1]) > 0:
+        grid_NJG[:, -1, -filled:] = 0.0
+    left_NK = weight_NK - (grid_NJG * scales_NJ[..., None]).flatten(1)[:, : weight_NK.shape[1]]
+    target_NJ = (rounding.in_groups(left_NK @ hessian_KK, size) * grid_NJG).sum(-1)
+    n_groups = grid_NJG.shape[1]
+    products_NJJ = torch.empty(len(weight_NK), n_groups, n_groups)
+    for group in range(n_groups):
+        columns = slice(group * size, min((group + 1) * size, weight_NK.shape[1]))
+        moved_NK = grid_NJG[:, group, : columns.stop - columns.start] @ hessian_KK[columns]
+        products_NJJ[:, group] = (rounding.in_groups(moved_NK, size) * grid_NJG).sum(-1)
+    diagonal_NJ = products_NJJ.diagonal(dim1=1, dim2=2)
+    diagonal_NJ += RIDGE * diagonal_NJ + diagonal_NJ.mean().clamp(min=1e-30) * 1e-6
+    change_NJ = torch.linalg.solve(products_NJJ, target_NJ)
+    return rounding.held(scales_NJ + change_NJ, dtype)
 
 
 def _inverse_root(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:

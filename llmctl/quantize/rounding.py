@@ -20,7 +20,7 @@ def scales_and_zeros(
 
     Below 8 bits they are those of the range's part with the least squared error, each column's weighted by `importance_K`.
     """
-    parts, dtype = [], torch.bfloat16 if dtype == torch.float32 else dtype  # kernels read scales of 16 bits
+    parts = []
     for first in range(0, len(weight_NK), SEARCHED_ROWS):
         groups_NJG = in_groups(weight_NK[first : first + SEARCHED_ROWS], scheme.size(weight_NK.shape[1]))
         weights_JG = None
@@ -30,6 +30,11 @@ def scales_and_zeros(
         parts.append(_best(groups_NJG, scheme, dtype, weights_JG, shrinks))
     scales_NJ, zeros_NJ = (torch.cat(values) for values in zip(*parts))
     return scales_NJ, None if scheme.symmetric else zeros_NJ
+
+
+def held(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The nearest scales that `dtype` and 16 bits hold, as kernels read them; float32."""
+    return scales.to(torch.bfloat16 if dtype == torch.float32 else dtype).float()
 
 
 def in_groups(weight_NK: torch.Tensor, size: int) -> torch.Tensor:
@@ -61,7 +66,7 @@ def _of_range(groups_NJG, scheme: Scheme, dtype, shrink: float) -> tuple[torch.T
         low, high = groups_NJG.amin(-1).clamp(max=0) * shrink, groups_NJG.amax(-1).clamp(min=0) * shrink
         scales = (high - low) / top
     tiny = torch.finfo(torch.float16).tiny if dtype == torch.float16 else 1e-30
-    scales = torch.where(scales > tiny, scales, 1.0).to(dtype).float()
+    scales = held(torch.where(scales > tiny, scales, 1.0), dtype)
     if scheme.symmetric:
         return scales, torch.full_like(scales, 1 << (scheme.bits - 1))
     return scales, (-low / scales).round_().clamp_(0, top)
