@@ -164,7 +164,7 @@ def test_within_the_range_a_weight_is_off_by_half_a_step(width, symmetric):
     weight[3, 32:64] = 0.0
     weight[5] = 2.5
     found = rounding.affine(weight, Scheme("int", width, 32, symmetric), torch.bfloat16)
-    step = found.scales_NJ.float().repeat_interleave(32, 1)
+    step = found.scales_NJ.float().abs().repeat_interleave(32, 1)
     inside = (found.codes_NK > 0) & (found.codes_NK < (1 << width) - 1)
     off = (found.dequantized(torch.float32) - weight).abs()
     assert (off <= step * 0.5001)[inside].all()

@@ -96,8 +96,8 @@ class Awq:
             scales_K = scales_K / (scales_K.max() * scales_K.min()).sqrt()
             error = 0.0
             for name, weight_NK in zip(place.readers, rows):
-                importance_K = moments_KK.diagonal() / scales_K.square()
-                scaled = rounding.affine(weight_NK * scales_K, self._scheme_of[name], self._dtype, importance_K)
+                scheme = self._scheme_of[name]
+                scaled = rounding.affine(weight_NK * scales_K, scheme, self._dtype, searches=False)
                 change_NK = scaled.dequantized(torch.float32) / scales_K - weight_NK
                 error += float(((change_NK @ moments_KK) * change_NK).sum())
             if error < least:

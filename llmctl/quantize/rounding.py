@@ -7,18 +7,23 @@ import torch
 from llmctl.models.packed import AffineWeight, FloatWeight, TableWeight
 from llmctl.quantize.scheme import TABLE_BLOCK, Scheme
 
-SHRINKS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7, 0.66, 0.62, 0.58, 0.54, 0.5)
-"""Parts of a group's range that the search tries: to cut off its ends may cost less than the coarser steps."""
+SHRINKS = (1.06, 1.0, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.65, 0.6, 0.55)
+"""Parts of a group's range that the search tries: to cut off its ends may cost less than coarser steps do."""
 SEARCHED_ROWS = 1024
 """Rows of a matrix that the search looks at at a time."""
 
 
 def scales_and_zeros(
-    weight_NK: torch.Tensor, scheme: Scheme, dtype: torch.dtype, importance_K: torch.Tensor | None = None
+    weight_NK: torch.Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    importance_K: torch.Tensor | None = None,
+    searches: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales [N, J] float32 that `dtype` and 16 bits hold, and zero points (float32, whole numbers; None: symmetric).
 
-    Below 8 bits they are those of the range's part with the least squared error, each column's weighted by `importance_K`.
+    Below 8 bits, where `searches`, they are those of the range's part with the least squared error, each column's weighted
+    by `importance_K`; else those of the whole range.
     """
     parts = []
     for first in range(0, len(weight_NK), SEARCHED_ROWS):
@@ -26,7 +31,9 @@ def scales_and_zeros(
         weights_JG = None
         if importance_K is not None:
             weights_JG = in_groups(importance_K[None].to(groups_NJG.dtype), groups_NJG.shape[2])[0]
-        shrinks = SHRINKS if scheme.bits < 8 else SHRINKS[:1]
+        shrinks = SHRINKS if scheme.bits < 8 and searches else (1.0,)
+        if scheme.symmetric and len(shrinks) > 1:  # there is one code more below zero, for the side that needs it
+            shrinks = [sign * shrink for shrink in SHRINKS for sign in (1, -1)]
         parts.append(_best(groups_NJG, scheme, dtype, weights_JG, shrinks))
     scales_NJ, zeros_NJ = (torch.cat(values) for values in zip(*parts))
     return scales_NJ, None if scheme.symmetric else zeros_NJ
@@ -66,7 +73,7 @@ def _of_range(groups_NJG, scheme: Scheme, dtype, shrink: float) -> tuple[torch.T
         low, high = groups_NJG.amin(-1).clamp(max=0) * shrink, groups_NJG.amax(-1).clamp(min=0) * shrink
         scales = (high - low) / top
     tiny = torch.finfo(torch.float16).tiny if dtype == torch.float16 else 1e-30
-    scales = held(torch.where(scales > tiny, scales, 1.0), dtype)
+    scales = held(torch.where(scales.abs() > tiny, scales, 1.0), dtype)
     if scheme.symmetric:
         return scales, torch.full_like(scales, 1 << (scheme.bits - 1))
     return scales, (-low / scales).round_().clamp_(0, top)
@@ -83,10 +90,14 @@ def dequantize(codes_NJG: torch.Tensor, scales_NJ: torch.Tensor, zeros_NJ: torch
 
 
 def affine(
-    weight_NK: torch.Tensor, scheme: Scheme, dtype: torch.dtype, importance_K: torch.Tensor | None = None
+    weight_NK: torch.Tensor,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    importance_K: torch.Tensor | None = None,
+    searches: bool = True,
 ) -> AffineWeight:
-    """The matrix (float32) in integers of `scheme.bits`, with scales in `dtype`."""
-    scales_NJ, zeros_NJ = scales_and_zeros(weight_NK, scheme, dtype, importance_K)
+    """The matrix (float32) in integers of `scheme.bits`, with scales in `dtype` (see `scales_and_zeros`)."""
+    scales_NJ, zeros_NJ = scales_and_zeros(weight_NK, scheme, dtype, importance_K, searches)
     size = scheme.size(weight_NK.shape[1])
     middle_NJ = torch.full_like(scales_NJ, 1 << (scheme.bits - 1)) if zeros_NJ is None else zeros_NJ
     codes_NJG = codes_of(in_groups(weight_NK, size), scales_NJ, middle_NJ, scheme.bits)

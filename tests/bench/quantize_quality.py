@@ -18,17 +18,17 @@ import time
 from pathlib import Path
 
 ROWS = [
-    ("int8 rtn", {"format": "int8"}),
-    ("nf4", {"format": "nf4"}),
-    ("fp4", {"format": "fp4"}),
+    ("int4 g64 gptq", {"method": "gptq"}),
     ("int4 g64 rtn", {}),
     ("int4 g64 awq", {"method": "awq"}),
-    ("int4 g64 gptq", {"method": "gptq"}),
-    ("int4 g64 asym rtn", {"symmetric": False}),
-    ("int4 g64 asym awq", {"symmetric": False, "method": "awq"}),
+    ("nf4", {"format": "nf4"}),
+    ("fp4", {"format": "fp4"}),
+    ("fp8", {"format": "fp8"}),
+    ("int8 rtn", {"format": "int8"}),
     ("int4 g64 asym gptq", {"symmetric": False, "method": "gptq"}),
     ("int4 g32 gptq", {"group_size": 32, "method": "gptq"}),
     ("int4 g64 gptq, 4.8 bits", {"method": "gptq", "target_bits": 4.8}),
+    ("int4 g64 asym awq", {"symmetric": False, "method": "awq"}),
 ]
 Q4_K, Q6_K, Q4_0, Q8_0 = 12, 14, 2, 8  # of enum ggml_type
 
@@ -56,6 +56,8 @@ def main() -> None:
     length = min(args.length, stored_config(args.model).max_positions or args.length)
     ids_BT = ids[: len(ids) // length * length].view(-1, length)[: args.rows]
     before = StreamedModel(args.model)
+    hidden_BTD = before.hidden(ids_BT)
+    before.hidden = lambda _: hidden_BTD
 
     def show(name, bits, after, seconds):
         found = comparison.compare(before, after, ids_BT)
@@ -65,20 +67,12 @@ def main() -> None:
     print(
         f"{ids_BT.numel()} held-out tokens\n{'':<26}{'bits':>6}{'perplexity':>12}{'KL, nats':>11}{'top-1':>9}{'s':>7}"
     )
-    show("as it is", 8 * _itemsize(args.model), before, 0.0)
-    for name, changes in ROWS:
-        if re.search(args.only, name):
-            show(name, *_ours(args, changes))
     for name, kinds in (("Q4_K_M", None), ("Q4_0", Q4_0), ("Q8_0", Q8_0)) if args.ggml else ():
         if re.search(args.only, name):
             show(f"llama.cpp {name}", *_theirs(args, kinds))
-
-
-def _itemsize(model: Path) -> int:
-    from llmctl.quantize.stored import open_weights
-
-    stored = open_weights(model)
-    return stored.dtype(next(iter(stored))).itemsize
+    for name, changes in ROWS:
+        if re.search(args.only, name):
+            show(name, *_ours(args, changes))
 
 
 def _ours(args, changes: dict):
