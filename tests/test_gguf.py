@@ -23,13 +23,16 @@ import family_checks as checks  # noqa: E402
 from test_decoder_families import CONFIGS, GEMMA2, GEMMA3, LLAMA3, SHAPE, YARN, longrope  # noqa: E402
 
 from llmctl.errors import UserError  # noqa: E402
+from llmctl.export.c.export import export as export_c  # noqa: E402
+from llmctl.export.c.settings import ExportCSettings  # noqa: E402
 from llmctl.export.gguf.export import export  # noqa: E402
 from llmctl.export.gguf.settings import ExportGgufSettings  # noqa: E402
 from llmctl.generation.session import Session  # noqa: E402
 from llmctl.generation.settings import Sampling  # noqa: E402
 from llmctl.gguf import k_quants  # noqa: E402
 from llmctl.inspection import inspect  # noqa: E402
-from llmctl.models.loading import load_model, read_config  # noqa: E402
+from llmctl.models.loading import load_model, read_config, save_model  # noqa: E402
+from llmctl.models.quantized_linear import QuantizedLinear  # noqa: E402
 from llmctl.tokenizer import Tokenizer  # noqa: E402
 
 LLAMA_CPP = os.environ.get("LLMCTL_LLAMA_CPP_PYTHON") or (
@@ -255,6 +258,44 @@ def test_quantized_types(checkpoint, tmp_path):
     assert record["bytes_per_dtype"].keys() == {"f32", "q8_0", "q4_0"} and len(rows) == record["tensors"]
     assert sizes["bf16"] > sizes["q8_0"] > sizes["q5_0"] > sizes["q4_0"]
     assert load_model(tmp_path / "bf16.gguf").embed_tokens.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral"])
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_packed_matrices_stay_packed(name, kind, checkpoint, tmp_path):
+    """Products with them give what the dequantized ones give, and a save has these."""
+    export(checkpoint(name), tmp_path / "m.gguf", ExportGgufSettings(type=kind, tolerance=20.0))
+    model = load_model(tmp_path / "m.gguf")
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
+    (tmp_path / "saved").mkdir()
+    save_model(model, tmp_path / "saved")
+    plain = load_model(tmp_path / "saved")
+    assert not any(isinstance(module, QuantizedLinear) for module in plain.modules())
+    text = checks.token_ids(model.config.vocab_size, 2, 20)
+    with torch.no_grad():
+        one, other = model(text), plain(text)
+    assert (one - other).norm() < 0.05 * other.norm()
+
+
+def test_quantized_checkpoints_are_exported(checkpoint, llmctl, tmp_path):
+    llmctl("quantize", checkpoint("llama"), "-o", "int8", "--method", "rtn", "--tolerance", 20)
+    llmctl("export-gguf", "int8", "-o", "m.gguf", "--type", "f32")
+    ours, again = load_model(tmp_path / "int8", "float32"), load_model(tmp_path / "m.gguf")
+    text = checks.token_ids(ours.config.vocab_size, 1, 20)
+    with torch.no_grad():
+        assert (ours(text) - again(text)).norm() < 0.05 * again(text).norm()
+
+
+def test_no_space(checkpoint, monkeypatch, tmp_path):
+    def full(path):
+        return os.statvfs_result((4096, 4096, 100, 1, 1, 10, 10, 10, 0, 255))
+
+    monkeypatch.setattr(os, "statvfs", full)
+    with pytest.raises(UserError, match="MB are needed on disk"):
+        export(checkpoint("llama"), tmp_path / "m.gguf", ExportGgufSettings())
+    with pytest.raises(UserError, match="MB are needed on disk"):
+        export_c(checkpoint("llama"), tmp_path / "c", ExportCSettings())
+    assert not list(tmp_path.iterdir())
 
 
 def test_refusals(checkpoint, llmctl, tmp_path):

@@ -17,8 +17,10 @@ import torch
 
 from llmctl.errors import UserError
 from llmctl.gguf import architectures, hf_config, tensors
+from llmctl.gguf.blocks import BLOCK, PACKED, unpacked
 from llmctl.models import families, weights
 from llmctl.models.config import ModelConfig
+from llmctl.models.packed import AffineWeight
 from llmctl.tensor_file import LazyTensor
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -129,6 +131,22 @@ class GgufTensors:
         ours, change = self._rows[name]
         parts = [self._ours(each) for each in ours]
         return weights.to_theirs(change, parts).to(self._file.dtype).contiguous()
+
+    def packed(self, name: str) -> AffineWeight | None:
+        """The matrix [out, in] of a weight that is stored in a form which products can be taken with as it is; else None."""
+        ours, _ = self._rows[name]
+        entry = self._entries[ours[0]]
+        stored = self._file.tensors[entry.name]
+        if entry.ours != tuple(ours) or stored.tensor_type.name not in PACKED or entry.change == "stack":
+            return None
+        codes_NK, scales_NJ = unpacked(stored.data, stored.tensor_type.name)
+        order = tensors.rows_in_order(entry, self._config, len(codes_NK))
+        bits = PACKED[stored.tensor_type.name]
+        return AffineWeight(codes_NK[order], scales_NJ[order], None, bits, BLOCK)
+
+    def parts(self) -> dict[str, LazyTensor]:
+        """What a checkpoint holds in place of packed matrices: they are unpacked when they are saved."""
+        return {name: self.lazy(name) for name in self if self.packed(name) is not None}
 
     def copy(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """The tensor, or some of its rows; a vocabulary's matrix is dequantized in parts."""

@@ -116,5 +116,11 @@ def to_ours(entry: Entry, tensor: torch.Tensor, sizes: Sequence[int], config: Mo
     return [tensor]
 
 
+def rows_in_order(entry: Entry, config: ModelConfig, n_rows: int) -> torch.Tensor:
+    """Which row of the file's matrix each of ours is, int64 [rows]."""
+    rows = torch.arange(n_rows)
+    return to_ours(entry, rows[:, None], [n_rows], config)[0].squeeze(1) if entry.change == "rope" else rows
+
+
 def _head_dim(config: ModelConfig) -> int:
     return config.blocks[0].mixer.head_dim
