@@ -57,6 +57,22 @@ CONFIGS = {
         "hidden_act": "silu",
     },
 }
+T5 = {
+    "model_type": "t5",
+    "d_model": 32,
+    "d_kv": 8,
+    "num_heads": 4,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "feed_forward_proj": "relu",
+    "layer_norm_epsilon": 1e-6,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "is_encoder_decoder": True,
+}
 COMMON = {"vocab_size": 257, "tie_word_embeddings": True, "eos_token_id": 256, "torch_dtype": "float32"}
 
 
@@ -68,7 +84,7 @@ def checkpoint(tmp_path_factory):
     def make(name: str = "llama"):
         if name not in made:
             path = tmp_path_factory.mktemp(name)
-            hf = {**COMMON, **CONFIGS[name]}
+            hf = {**COMMON, **(T5 if name == "t5" else CONFIGS[name])}
             model = new_model(families.find(hf["model_type"]).config_from_hf(hf), seed=0)
             with torch.no_grad():
                 for parameter in model.parameters():
@@ -111,6 +127,17 @@ def test_likelihoods_are_those_of_each_text_run_alone(checkpoint, name):
             assert likelihood.logprob == pytest.approx(expected, abs=2e-4)
             assert likelihood.is_greedy == (logprobs[at].argmax(-1) == torch.tensor(ids)).all().item()
             assert likelihood.n_tokens == len(ids)
+
+
+def test_an_encoder_reads_the_context_and_its_decoder_the_continuation(checkpoint):
+    model, forks = Session.open(checkpoint("t5")).model, some_forks()
+    scores = dict(LikelihoodScorer(model, 0, 8).score(forks))
+    for number, fork in enumerate(forks):
+        for ids, likelihood in zip(fork.continuations, scores[number]):
+            with torch.inference_mode():
+                logits = model(torch.tensor([fork.context]), input_ids_BT=torch.tensor([[0, *ids[:-1]]]))[0].float()
+            expected = logits.log_softmax(-1)[torch.arange(len(ids)), torch.tensor(ids)].sum().item()
+            assert likelihood.logprob == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])

@@ -6,8 +6,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
-
 from llmctl.errors import UserError
 from llmctl.evaluate.batches import plan
 from llmctl.evaluate.encoding import PairEncoder
@@ -39,16 +37,14 @@ class LanguageModelJudge:
         rate: Callable[[str, str], float] | None = None,
     ):
         model = session.model
-        if not isinstance(model, torch.nn.Module):
-            raise UserError("this form of a model only writes text; its likelihoods cannot be asked for")
         self.session, self.batch_size, self._on_long, self._rate = session, batch_size, on_long, rate
         self._max_new_tokens = max_new_tokens
         self.encoder = PairEncoder(session.tokenizer, model.config.encoder is not None)
         self.scorer = LikelihoodScorer(model, session.marks.start, batch_size)
         self._prefix = SharedPrefix(model)
-        stack = model if model.config.encoder is None else model.encoder
+        stack = model if model.config.encoder is None else getattr(model, "encoder", model)
         positions = stack.config.max_positions
-        self.room: int | None = None if positions is None else positions - stack.n_virtual
+        self.room: int | None = None if positions is None else positions - getattr(stack, "n_virtual", 0)
         """Tokens of a prompt; None where there is no end."""
 
     @classmethod

@@ -43,16 +43,29 @@ class LikelihoodScorer:
         self.model, self.batch_size, self._start_id = model, batch_size, start_id
         self._shared = SharedPrefix(model)
         ropes = (getattr(block.mixer, "rope", None) for block in model.config.blocks)
-        self._reads_whole = any(rope is not None and heeds_length(rope) for rope in ropes)
+        # A graph that was exported gives logits of texts, and has no hidden states to ask for.
+        self._reads_whole = not isinstance(model, torch.nn.Module) or any(
+            rope is not None and heeds_length(rope) for rope in ropes
+        )
 
     def score(self, forks: Sequence[Fork]) -> Iterator[tuple[int, list[Likelihood]]]:
         """The number of each fork with the likelihoods of its continuations, as soon as they are there: in any order."""
         if self._reads_whole:
             for number, fork in enumerate(forks):
-                yield number, [self._run(Batch([0]), [Fork(fork.context, [each])])[0][0] for each in fork.continuations]
+                yield number, [self._run_whole(fork.context, ids) for ids in fork.continuations]
             return
         for batch in plan([fork.context for fork in forks], self.batch_size, self._shared.is_possible):
             yield from zip(batch.numbers, self._run(batch, [forks[number] for number in batch.numbers]), strict=True)
+
+    @torch.inference_mode()
+    def _run_whole(self, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:
+        """One text without a cache."""
+        inputs_1T = torch.tensor([[*context, *continuation[:-1]]], device=self.model.device)
+        logits_NV = self.model(inputs_1T)[0, len(context) - 1 :].float()
+        targets_N = torch.tensor(continuation, device=logits_NV.device)
+        logprobs_N = _logprobs(logits_NV).gather(1, targets_N[:, None])[:, 0]
+        is_greedy = bool((logits_NV.argmax(1) == targets_N).all())
+        return Likelihood(float(logprobs_N.double().sum()), is_greedy, len(continuation))
 
     @torch.inference_mode()
     def _run(self, batch: Batch, forks: list[Fork]) -> list[list[Likelihood]]:

@@ -51,7 +51,8 @@ def _parts(files: Sequence[str]) -> Iterator[Part]:
     for file in files:
         for section in results.read(file):
             run = section.run
-            name = Path(run["model"]).name + (f" ({format_count(run['parameters'])})" if "parameters" in run else "")
+            size = run.get("parameters")
+            name = Path(run["model"]).name + (f" ({format_count(size)})" if size else "")
             numbers = summarize(section.task, run["task_kind"], run["metrics"], section.records)
             yield Part(name, section, numbers)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmctl import lineage
 from llmctl.classify import TextClassifier
 from llmctl.devices import choose_device
@@ -50,7 +52,8 @@ class Evaluation:
         self.session: Session | None = None
         model = self._assembly.load(self._dtype, choose_device(settings.device))
         self.tokenizer = self._assembly.tokenizer()
-        self.n_parameters = sum(each.numel() for each in model.parameters())
+        parts = model.parameters() if isinstance(model, torch.nn.Module) else ()
+        self.n_parameters = sum(each.numel() for each in parts) or None
         if model.config.classifier is not None:
             how = {"batch_size": settings.batch_size, "literal": not settings.apply_chat_template, "name": str(path)}
             how["on_long"] = "truncate" if settings.on_long == "truncate" else "error"
@@ -101,8 +104,8 @@ class Evaluation:
 
     def model_sha256(self) -> str:
         """Over the weights of the base and of its adapters."""
-        parts = [lineage.weights_sha256(self._assembly.base)]
-        parts += [f"{lineage.weights_sha256(path)} {weight}" for path, weight in self._assembly.adapters]
+        parts = [_weights_sha256(self._assembly.base)]
+        parts += [f"{_weights_sha256(path)} {weight}" for path, weight in self._assembly.adapters]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _items(self, task: Task) -> tuple[Iterator[Item], str]:
@@ -140,6 +143,14 @@ class Evaluation:
         literal = not self.settings.apply_chat_template
         model = TextClassifier.open(self.settings.reward, self._dtype, self.settings.device, literal=literal)
         return ClassifierJudge(model).reward
+
+
+def _weights_sha256(path: Path) -> str:
+    """Of a checkpoint, of one file, or of an exported graph with what lies beside it."""
+    if path.is_file():
+        return lineage.file_sha256(path)
+    graphs = [f"{each.name} {lineage.file_sha256(each)}" for each in sorted(path.glob("*.onnx*")) if each.is_file()]
+    return " ".join([lineage.weights_sha256(path), *graphs])
 
 
 def _shown(items: Iterator[Item], count: int, show: Callable[[str], None]) -> Iterator[Item]:

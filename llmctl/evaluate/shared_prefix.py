@@ -22,7 +22,8 @@ class SharedPrefix:
         config = model.config
         mixers = [config.block(i).mixer for i in range(config.n_layers)]
         self.is_possible = (
-            config.encoder is None
+            isinstance(model, torch.nn.Module)
+            and config.encoder is None
             and not model.n_virtual
             and all(type(mixer) is Attention for mixer in mixers)
             and not any(mixer.rope is not None and heeds_length(mixer.rope) for mixer in mixers)
