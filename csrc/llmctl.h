@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 11
+#define LLMCTL_ABI 12
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -173,7 +173,12 @@ LLMCTL_API int llmctl_rotate(int32_t dtype, const void* x, const int64_t* x_stri
  * then top_p (1: all), then log_min_p below the highest (-infinity: all) leave; ties with the last one kept are kept. The
  * token with the largest sum of score and Gumbel noise wins; its noise comes from Philox4x32-10 with the seed as the key
  * and the counter (token / 4, position, sequence, 0), of which token % 4 picks the word. A greedy row takes the largest
- * score, the first of equals. The token of a row with NaN is -1. */
+ * score, the first of equals. The token of a row with NaN is -1.
+ *
+ * Before all that, scores of tokens that were `seen` are divided by the row's `repetition` where positive, else multiplied
+ * by it; then `frequency` times a token's count is subtracted, and `presence` where it has one. The log-probabilities are
+ * those of the scores as they come: of the token drawn, and of the n_top likeliest, the best and of equals the first in
+ * front. (The CUDA sampler knows nothing of this paragraph.) */
 typedef struct {
     const float* scores;
     int64_t n_rows, n_tokens, scores_stride;
@@ -185,6 +190,15 @@ typedef struct {
     const int64_t* seeds;
     const int64_t* sequences;
     int64_t position;
+    const uint8_t* seen;                                 /* [n_rows, n_tokens], or null */
+    const float* counts;                                 /* the same */
+    const float* repetition;                             /* [n_rows]; null only where seen is, and the next two */
+    const float* presence;                               /* where counts is */
+    const float* frequency;
+    float* logprobs;                                     /* [n_rows], or null: then the next two are not written */
+    int64_t* top_tokens;                                 /* [n_rows, n_top] */
+    float* top_logprobs;                                 /* the same */
+    int64_t n_top;
 } llmctl_sample_args;
 LLMCTL_API int llmctl_sample(const llmctl_sample_args* args, int64_t* tokens);
 

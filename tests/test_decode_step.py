@@ -14,6 +14,8 @@ from llmctl.models import families
 from llmctl.models.decode_step import DecodeStep
 from llmctl.models.initialization import new_model
 from llmctl.models.loading import save_model
+from llmctl.models.packed import AffineWeight
+from llmctl.models.quantized_linear import QuantizedLinear
 from llmctl.ops import native
 from llmctl.tokenizer import Tokenizer
 
@@ -97,6 +99,28 @@ def test_the_bits_are_those_of_the_modules(family, dtype):
                 ids_BT = ids_BT[[2, 0]]
 
 
+def quantize(module, bits: int, with_zeros: bool):
+    n_out, n_in = module.weight.shape
+    codes, scales = torch.randint(0, 1 << bits, (n_out, n_in), dtype=torch.uint8), torch.rand(n_out, -(-n_in // 32)) / 8
+    zeros = torch.randint(0, 1 << bits, scales.shape, dtype=torch.uint8) if with_zeros else None
+    return QuantizedLinear(AffineWeight(codes, scales, zeros, bits, 32), module.bias, module.weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_any_mix_of_plain_and_quantized_weights(dtype):
+    model = model_of({**CONFIGS["llama"], "tie_word_embeddings": False}, dtype)
+    model.lm_head = quantize(model.lm_head, 8, False)
+    model.layers[0].mixer.q_proj = quantize(model.layers[0].mixer.q_proj, 4, True)
+    model.layers[1].ffn.down_proj = quantize(model.layers[1].ffn.down_proj, 8, True)
+    model.layers[2].ffn.gate_proj = quantize(model.layers[2].ffn.gate_proj, 4, False)
+    one_call, ids_BT = begin(model, PROMPTS, True)
+    modules, _ = begin(model, PROMPTS, False)
+    for _ in range(6):
+        assert torch.equal(found := model.next_logits(ids_BT, one_call), model.next_logits(ids_BT, modules))
+        ids_BT = found.argmax(-1, keepdim=True)
+
+
 @torch.inference_mode()
 def test_every_instruction_set(isa):
     model = model_of(CONFIGS["qwen3"])
@@ -163,19 +187,27 @@ def test_bad_input_is_refused():
     assert cache.length == 0
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "top_k": 20, "repetition_penalty": 1.2}])
+SETTINGS = [
+    {"temperature": 0},
+    {"temperature": 1, "top_k": 20, "repetition_penalty": 1.2, "presence_penalty": 0.1, "logprobs": 2},
+    {"temperature": 1, "no_repeat_ngram_size": 2},
+    {"num_beams": 3},
+]
+
+
+@pytest.mark.parametrize("sampling", SETTINGS)
 def test_generation_uses_it_and_writes_the_same_text(sampling, tmp_path, monkeypatch):
     model = model_of({**CONFIGS["llama"], "vocab_size": 257})
     save_model(model, tmp_path)
     Tokenizer.bytes().save(tmp_path)
     session = Session.open(tmp_path, "float32", "cpu")
     rows = [Row(prompt, Sampling(max_new_tokens=9 + i)) for i, prompt in enumerate(["abc", "d", "The quick"])]
-    calls, logits = [], DecodeStep.logits
-    monkeypatch.setattr(DecodeStep, "logits", lambda *args: calls.append(1) or logits(*args))
+    calls, run = [], DecodeStep._run
+    monkeypatch.setattr(DecodeStep, "_run", lambda *args: calls.append(1) or run(*args))
 
     def texts():
-        answers = session.answer(rows, Sampling(seed=3, **sampling))
-        return [answer.completion.ids for answer in answers]
+        found = [answer.completion for answer in session.answer(rows, Sampling(seed=3, **sampling))]
+        return [(one.ids, [entry.top for entry in one.logprobs]) for one in found]
 
     with_step = texts()
     assert len(calls) >= 9

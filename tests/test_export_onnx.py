@@ -17,7 +17,7 @@ import test_seq2seq_families as translators  # noqa: E402
 
 from llmctl.embedding.embedder import pool  # noqa: E402
 from llmctl.errors import CalledWrongly, CheckFailed, UserError  # noqa: E402
-from llmctl.export.onnx import quantization  # noqa: E402
+from llmctl.export.onnx import linear, quantization  # noqa: E402
 from llmctl.export.onnx.export import export  # noqa: E402
 from llmctl.export.onnx.settings import OnnxSettings  # noqa: E402
 from llmctl.generation.session import Session  # noqa: E402
@@ -25,6 +25,8 @@ from llmctl.generation.settings import Sampling  # noqa: E402
 from llmctl.models.initialization import new_model  # noqa: E402
 from llmctl.models.loading import load_model, read_config, save_model  # noqa: E402
 from llmctl.models.shapes import for_parameters  # noqa: E402
+from llmctl.quantize.run import quantize  # noqa: E402
+from llmctl.quantize.settings import QuantizeSettings  # noqa: E402
 from llmctl.run_onnx.opening import open_model  # noqa: E402
 from llmctl.tokenizer import Tokenizer  # noqa: E402
 
@@ -146,8 +148,9 @@ def test_command_and_who_runs_its_result(llama, llmctl, tmp_path, how):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-def test_quantized_graph_computes_its_weights(llama, bits, fuse):
-    """Against transformers with each linear layer's weights rounded and restored; onnxruntime rounds activations too."""
+def test_quantized_graph_computes_its_weights(llama, bits, fuse, monkeypatch):
+    """Against transformers with each linear layer's weights rounded and restored, where onnxruntime rounds nothing else."""
+    monkeypatch.setattr(linear, "FAST", 1)
     model = exported(llama, quantize=f"int{bits}", fuse=fuse, tolerance=10.0)
     with torch.no_grad():
         for name, parameter in llama.model.named_parameters():
@@ -155,8 +158,40 @@ def test_quantized_graph_computes_its_weights(llama, bits, fuse):
                 codes, scales = quantization.rounded(parameter, bits, 32)
                 parameter.copy_(quantization.restored(codes, scales, parameter.shape[1], bits))
         expected = llama.model(ids := checks.token_ids(257, 2, 20)).logits
-    error = (model(ids) - expected).float().norm() / expected.norm()
-    assert error < 0.03
+    assert (model(ids) - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("llama", {"group_size": 16, "symmetric": False}),
+        ("llama", {"format": "int8"}),
+        ("gpt2", {"method": "gptq", "group_size": 32, "calibration": "text.txt"}),
+        ("phi3", {"group_size": 48}),
+    ],
+    ids=["asymmetric", "rows", "activation-order", "odd-groups"],
+)
+def test_calibrated_codes_are_kept(name, how, fuse, tmp_path, monkeypatch, some_texts):
+    """The graph has the checkpoint's own codes, and where onnxruntime does not round inputs computes the same."""
+    monkeypatch.setattr(linear, "FAST", 1)
+    monkeypatch.setenv("LLMCTL_KERNELS", "reference")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("\n".join(some_texts))
+    config = transformers.GPT2Config(vocab_size=257, n_positions=64, n_embd=64, n_layer=2, n_head=2)
+    if name != "gpt2":
+        shape = decoders.shape(vocab_size=257, hidden_size=96, num_attention_heads=6, intermediate_size=96)
+        config = type(decoders.CONFIGS[name])(**shape)
+    reference = checks.reference(config, tmp_path)
+    Tokenizer.bytes().save(reference.directory)
+    quantize(reference.directory, tmp_path / "few", QuantizeSettings(**{"tolerance": 10.0, **how}))
+    export(tmp_path / "few", tmp_path / "out", OnnxSettings(fuse=fuse))
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    assert sum(node.op_type == "MatMulNBits" for node in graph.node) >= 2 * 2
+    ids = checks.token_ids(257, 2, 20)
+    with torch.no_grad():
+        expected = load_model(tmp_path / "few")(ids)
+    assert (open_model(tmp_path / "out", "cpu")(ids) - expected).abs().max() < TOLERANCE
 
 
 def test_rounding_keeps_the_largest_and_zero():

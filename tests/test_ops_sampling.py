@@ -96,6 +96,55 @@ def test_frequencies_are_the_probabilities(isa, monkeypatch):
     assert ((counts - expected).square() / expected).sum() < 300 + 4 * math.sqrt(600)
 
 
+def penalized(rows, logits, prompts, steps=6):
+    """Tokens [steps, B], and of each step the log-probabilities and the likeliest, of one sampler."""
+    settings = [resolve(row) for row in rows]
+    sampler = Sampler(settings, range(len(rows)), Rules(settings, prompts, logits.shape[1]))
+    found = [sampler.draw(logits) for _ in range(steps)]
+    return torch.stack([draw.tokens_B for draw in found]), found
+
+
+@pytest.mark.parametrize("vocab_size", [5, 97, 20_000])
+def test_penalties_and_log_probabilities(isa, monkeypatch, vocab_size):
+    dice = random.Random(vocab_size)
+    logits = 4 * torch.randn(8, vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    logits[2] = logits[2].round()  # ties
+    prompts = [[dice.randrange(vocab_size) for _ in range(1 + 3 * i)] for i in range(8)]
+
+    def settings(i: int) -> Sampling:
+        return Sampling(
+            temperature=dice.choice([0.0, 0.7, 1.0]),
+            top_k=dice.choice([0, 3]),
+            repetition_penalty=dice.choice([1.0, 1.3, 0.8]),
+            presence_penalty=dice.choice([0.0, 0.7, -0.2]),
+            frequency_penalty=dice.choice([0.0, 0.3]),
+            seed=i,
+            logprobs=i % 4,
+        )
+
+    rows = [settings(i) for i in range(8)]
+    monkeypatch.setenv("LLMCTL_KERNELS", "cpu")
+    ours, our_draws = penalized(rows, logits, prompts)
+    monkeypatch.setenv("LLMCTL_KERNELS", "reference")
+    theirs, their_draws = penalized(rows, logits, prompts)
+    assert torch.equal(ours, theirs)
+    for a, b in zip(our_draws, their_draws, strict=True):
+        torch.testing.assert_close(a.logprobs_B, b.logprobs_B, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(a.top_logprobs_BN, b.top_logprobs_BN, rtol=2e-6, atol=2e-6)
+        strict = [i for i in range(8) if i != 2]
+        assert torch.equal(a.top_ids_BN[strict], b.top_ids_BN[strict])
+        assert (a.top_ids_BN[2].diff()[a.top_logprobs_BN[2].diff() == 0] > 0).all(), "of equals the first"
+
+
+def test_log_probabilities_of_what_is_not_finite(monkeypatch):
+    monkeypatch.setenv("LLMCTL_KERNELS", "cpu")
+    logits = torch.randn(3, 40)
+    logits[0, 7], logits[1, 3:] = float("nan"), -math.inf
+    tokens, (draw, *_) = penalized([Sampling(seed=1, logprobs=5)] * 3, logits, [[0]] * 3, steps=1)
+    assert tokens[0, 0] == -1 and draw.logprobs_B[0].isnan()
+    torch.testing.assert_close(draw.top_logprobs_BN[1:], logits[1:].log_softmax(-1).topk(5).values)
+
+
 def test_rows_do_not_know_each_other(monkeypatch):
     monkeypatch.setenv("LLMCTL_KERNELS", "cpu")
     logits = 4 * torch.randn(20, 5000)
@@ -111,5 +160,5 @@ def test_settings_of_another_kind_are_refused(monkeypatch):
     monkeypatch.setenv("LLMCTL_KERNELS", "cpu")
     column = torch.ones(2)
     names = ("temperature_B", "top_k_B", "top_p_B", "log_min_p_B", "is_greedy_B", "seeds_B", "sequences_B")
-    with pytest.raises(ValueError, match="expected a torch.int64 for each of 2 rows"):
-        sampling.sample(torch.randn(2, 5), **dict.fromkeys(names, column), position=0)
+    with pytest.raises(ValueError, match="expected torch.int64 \\(2,\\), got torch.float32"):
+        sampling.Settings(**dict.fromkeys(names, column))

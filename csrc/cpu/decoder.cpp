@@ -11,36 +11,13 @@
 #include "cpu/operations.h"
 #include "cpu/pool.h"
 #include "cpu/quantized.h"
+#include "cpu/scratch.h"
 #include "llmctl.h"
 
 namespace llmctl {
 namespace {
 
 using Layer = llmctl_decoder_layer;
-
-constexpr size_t kept_memory = 64 << 20;  // by a thread, from call to call
-
-// Memory that a thread keeps, given out piece by piece.
-class Arena {
-public:
-    void reserve(size_t bytes) {
-        used_ = 0;
-        if (memory_.size() < bytes) memory_ = std::vector<char>(bytes);
-    }
-    char* take(int64_t bytes) {
-        char* found = memory_.data() + used_;
-        used_ += padded(bytes);
-        return found;
-    }
-    void shrink() {
-        if (memory_.size() > kept_memory) memory_ = {};
-    }
-    static size_t padded(int64_t bytes) { return (static_cast<size_t>(bytes) + 63) / 64 * 64; }
-
-private:
-    std::vector<char> memory_;
-    size_t used_ = 0;
-};
 
 struct Widths {
     int64_t q = 0, kv = 0, ffn = 0;
@@ -59,20 +36,26 @@ Widths widths_of(const llmctl_decoder& model) {
 
 class Pass {
 public:
-    Pass(const llmctl_decoder& model, const llmctl_decode_args& args, Arena& arena)
+    Pass(const llmctl_decoder& model, const llmctl_decode_args& args)
         : m_(model), a_(args), n_(args.batch * args.n_new), size_(element_size(model.dtype)) {
         check();
         const Widths widths = widths_of(model);
         const int64_t scores = args.logits == nullptr || args.sampling != nullptr ? model.head.n_out : 0;
         const int64_t per_token[] = {m_.d_model, m_.d_model, m_.d_model, widths.q,
                                      widths.q,   widths.kv,  widths.kv,  widths.ffn, widths.ffn};
-        size_t total = 64 + Arena::padded(args.batch * scores * size_) + Arena::padded(args.batch * scores * 4);
-        for (const int64_t width : per_token) total += Arena::padded(n_ * width * size_);
-        arena.reserve(total);
+        const auto padded = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+        const int64_t logits = padded(args.batch * scores * size_);
+        int64_t total = logits + padded(args.batch * scores * 4);
+        for (const int64_t width : per_token) total += padded(n_ * width * size_);
+        thread_local Scratch memory;
+        char* at = memory.room(total);
         char** to[] = {&x_, &h_, &y_, &q_, &attended_, &k_, &v_, &gate_, &up_};
-        for (int i = 0; i < 9; ++i) *to[i] = arena.take(n_ * per_token[i] * size_);
-        logits_ = args.logits ? static_cast<char*>(args.logits) : arena.take(args.batch * scores * size_);
-        scores_ = reinterpret_cast<float*>(arena.take(args.batch * scores * 4));
+        for (int i = 0; i < 9; ++i) {
+            *to[i] = at;
+            at += padded(n_ * per_token[i] * size_);
+        }
+        logits_ = args.logits ? static_cast<char*>(args.logits) : at;
+        scores_ = reinterpret_cast<float*>(at + logits);
     }
 
     void run() {
@@ -282,9 +265,5 @@ private:
 
 int llmctl_decode(const llmctl_decoder* decoder, const llmctl_decode_args* args) {
     using namespace llmctl;
-    return guarded([&] {
-        thread_local Arena arena;
-        Pass(*decoder, *args, arena).run();
-        arena.shrink();
-    });
+    return guarded([&] { Pass(*decoder, *args).run(); });
 }

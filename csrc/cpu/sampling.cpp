@@ -28,6 +28,57 @@ public:
         const float* scores = args.scores + r * args.scores_stride;
         values_.resize(n_);
         places_.resize(n_);
+        const float log_sum = args.logprobs ? report_top(args, r, scores) : 0.0f;
+        const int64_t token = drawn(args, r, penalized(args, r, scores));
+        if (args.logprobs) args.logprobs[r] = token < 0 ? std::nanf("") : scores[token] - log_sum;
+        return token;
+    }
+
+private:
+    // Writes the likeliest tokens; returns the logarithm of the sum of all exponentials.
+    float report_top(const llmctl_sample_args& args, int64_t r, const float* scores) {
+        const int64_t n_top = args.n_top;
+        const float highest = kernels().sampling.scale(scores, n_, 1.0f, values_.data());
+        const float log_sum = highest + std::log(kernels().sampling.exp_sum(values_.data(), n_, highest));
+        n_candidates_ = n_;
+        std::iota(places_.begin(), places_.end(), 0);
+        if (n_top > 0 && n_top < n_ && !std::isnan(highest)) keep_best(n_top);
+        const auto begin = places_.begin(), end = begin + n_candidates_;
+        // NaN, whose order is none, is nobody's business here: such a row draws no token
+        const auto is_better = [&](int32_t a, int32_t b) {
+            return values_[a] > values_[b] || (values_[a] == values_[b] && a < b);
+        };
+        if (!std::isnan(highest)) std::partial_sort(begin, begin + n_top, end, is_better);
+        for (int64_t i = 0; i < n_top; ++i) {
+            args.top_tokens[r * n_top + i] = places_[i];
+            args.top_logprobs[r * n_top + i] = values_[places_[i]] - log_sum;
+        }
+        return log_sum;
+    }
+
+    // The scores themselves, or, in `values_`, what penalties leave of them.
+    const float* penalized(const llmctl_sample_args& args, int64_t r, const float* scores) {
+        if (!args.seen && !args.counts) return scores;
+        const float* from = scores;
+        if (args.seen) {
+            const uint8_t* seen = args.seen + r * n_;
+            const float repetition = args.repetition[r];
+            for (int64_t i = 0; i < n_; ++i) {
+                const float x = from[i], changed = x > 0.0f ? x / repetition : x * repetition;
+                values_[i] = seen[i] ? changed : x;
+            }
+            from = values_.data();
+        }
+        if (args.counts) {
+            const float *counts = args.counts + r * n_, presence = args.presence[r], frequency = args.frequency[r];
+            for (int64_t i = 0; i < n_; ++i) {
+                values_[i] = (from[i] - frequency * counts[i]) - (counts[i] > 0.0f ? presence : 0.0f);
+            }
+        }
+        return values_.data();
+    }
+
+    int64_t drawn(const llmctl_sample_args& args, int64_t r, const float* scores) {
         highest_ = kernels().sampling.scale(scores, n_, args.greedy[r] ? 1.0f : args.temperature[r], values_.data());
         if (std::isnan(highest_)) return -1;
         const int64_t likeliest = std::find(values_.begin(), values_.end(), highest_) - values_.begin();
@@ -44,7 +95,6 @@ public:
         return race(random, lowest, likeliest);
     }
 
-private:
     // The candidates are the k largest values, and those that equal the last of them; returns that one.
     float keep_best(int64_t k) {
         int64_t count = kernels().sampling.collect(values_.data(), n_, guess(k), places_.data());
@@ -153,6 +203,7 @@ void run_sampling(const llmctl_sample_args& args, int64_t* tokens) {
         throw std::invalid_argument("a vocabulary of no such size can be");
     }
     if (args.n_tokens == 0 && args.n_rows > 0) throw std::invalid_argument("the vocabulary is empty");
+    if (args.n_top < 0 || args.n_top > args.n_tokens) throw std::invalid_argument("no such number of tokens is there");
     parallel_for(args.n_rows, [&](int64_t r) {
         thread_local RowSampler sampler;
         tokens[r] = sampler.draw(args, r);

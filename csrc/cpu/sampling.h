@@ -25,6 +25,8 @@ struct Winner {
 struct SamplingKernels {
     // scaled = scores / temperature; the largest, or NaN where one of them is.
     float (*scale)(const float* scores, int64_t n, float temperature, float* scaled);
+    // The sum of exp(value - highest).
+    float (*exp_sum)(const float* values, int64_t n, float highest);
     // Where values are at least `lowest`: their places, and how many.
     int64_t (*collect)(const float* values, int64_t n, float lowest, int32_t* places);
     // to[b] += exp(value - highest) for values in bin b of their distance below `highest`, see sampling_bin.

@@ -29,6 +29,22 @@ float sampling_scale(const float* scores, int64_t n, float temperature, float* s
 }
 
 template <class S>
+float sampling_exp_sum(const float* values, int64_t n, float highest) {
+    typename S::Vec parts[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
+    const auto reference = S::all(highest);
+    int64_t i = 0;
+    for (; i + S::lanes <= n; i += S::lanes) {
+        auto& sum = parts[i / S::lanes % 4];
+        sum = S::add(sum, exp<S>(S::sub(S::load(values + i), reference)));
+    }
+    float sums[4];
+    S::sums(parts, sums);
+    float total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (; i < n; ++i) total += exp_one<S>(values[i] - highest);
+    return total;
+}
+
+template <class S>
 int64_t sampling_collect(const float* values, int64_t n, float lowest, int32_t* places) {
     const auto limit = S::all(lowest);
     int64_t count = 0, i = 0;
@@ -121,6 +137,7 @@ Winner sampling_race(const float* values, int64_t n, float lowest, float highest
 template <class S>
 constexpr SamplingKernels sampling_kernels = {
     sampling_scale<S>,
+    sampling_exp_sum<S>,
     sampling_collect<S>,
     sampling_mass<S>,
     sampling_race<S>,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from llmctl.models.cache import Cache
 from llmctl.models.causal_lm import CausalLM
+from llmctl.ops.sampling import Settings
 
 _ROOM_AHEAD = 256  # so many more tokens than are needed, so that a cache is not copied at every turn
 
@@ -51,14 +52,29 @@ class RememberingModel:
         return self._for_rows(len(continued), inputs_BT)
 
     def next_logits(self, input_ids_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return self._reading(input_ids_BT, cache, lambda: self.model.next_logits(input_ids_BT, cache))
+
+    def next_tokens(
+        self, input_ids_BT: torch.Tensor, cache: Cache, settings: Settings, position: int
+    ) -> torch.Tensor | None:
+        draw = getattr(self.model, "next_tokens", lambda *_: None)
+        return self._reading(input_ids_BT, cache, lambda: draw(input_ids_BT, cache, settings, position))
+
+    def _reading(
+        self, input_ids_BT: torch.Tensor, cache: Cache, read: Callable[[], torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """What `read` gives; None says that it has read nothing."""
         is_own = cache is self._cache
         if is_own and len(input_ids_BT) > 1:  # a search has made several rows of it
             self._cache, is_own = None, False
         held, self._ids = self._ids, []  # after a failure or an interrupt in the middle nothing is known to be whole
-        logits_BV = self.model.next_logits(input_ids_BT, cache)
+        found = read()
+        if found is None:
+            self._ids = held
+            return None
         self.n_read += input_ids_BT.numel()
         self._ids = held + input_ids_BT[0].tolist() if is_own else held
-        return logits_BV
+        return found
 
     def _keep(self, ids: list[int], capacity: int) -> int:
         """How many tokens of `ids` need not be read; the last always is, since what follows it is asked for."""

@@ -16,6 +16,8 @@ import torch
 
 from llmctl.generation.completion import Completion, TokenLogprob
 from llmctl.generation.rules import Rules, not_numbers
+from llmctl.models.cache import Cache
+from llmctl.models.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class BeamSearch:
         self._scores_B = torch.zeros(len(completions), device=device)
         self._n_top = max(completion.sampling.logprobs or 0 for completion in completions)
 
-    def step(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    def step(self, model: CausalLM, ids_BT: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, list[int]]:
+        return self._chosen(model.next_logits(ids_BT, cache))
+
+    def _chosen(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         logprobs_BV = logits_BV.float().log_softmax(-1)
         scores_BV = self.rules.apply(logprobs_BV) + self._scores_B[:, None]
         candidates = self._best(scores_BV, logprobs_BV)

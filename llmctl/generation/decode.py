@@ -12,14 +12,16 @@ from llmctl.errors import UserError
 from llmctl.generation.beam_search import BeamSearch
 from llmctl.generation.completion import Completion
 from llmctl.generation.drawing import Drawing
+from llmctl.models.cache import Cache
 from llmctl.models.causal_lm import CausalLM
 
 
 class Choice(Protocol):
     """How the next tokens are chosen; it hands them to its completions, which end as they will."""
 
-    def step(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """The tokens [B'] to read next, and which row of the last step each goes on from; none where all has ended."""
+    def step(self, model: CausalLM, ids_BT: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, list[int]]:
+        """Has the model read the ids; the tokens [B'] to read next, and which row each goes on from; none where all has
+        ended."""
 
 
 @torch.inference_mode()
@@ -42,7 +44,7 @@ def decode(model: CausalLM, completions: Sequence[Completion]) -> Iterator[None]
         rows = list(range(len(completions)))
         while rows:
             n_rows = len(inputs_BT)
-            tokens_B, rows = choice.step(model.next_logits(inputs_BT, cache))
+            tokens_B, rows = choice.step(model, inputs_BT, cache)
             if rows and rows != list(range(n_rows)):
                 cache.select(torch.tensor(rows, device=device))
             inputs_BT = tokens_B[:, None]

@@ -9,6 +9,8 @@ import torch
 from llmctl.generation.completion import Completion, TokenLogprob
 from llmctl.generation.rules import Rules, not_numbers
 from llmctl.generation.sampling import Draw, Sampler
+from llmctl.models.cache import Cache
+from llmctl.models.causal_lm import CausalLM
 
 
 class Drawing:
@@ -20,8 +22,8 @@ class Drawing:
         sequences = [completion.sequence for completion in self.live]
         self.sampler = Sampler(settings, sequences, Rules.of(self.live, vocab_size, device), device)
 
-    def step(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        draw = self.sampler.draw(logits_BV)
+    def step(self, model: CausalLM, ids_BT: torch.Tensor, cache: Cache) -> tuple[torch.Tensor, list[int]]:
+        draw = self._draw(model, ids_BT, cache)
         _push(self.live, draw)
         rows = [i for i, completion in enumerate(self.live) if completion.finish_reason is None]
         if not rows or len(rows) == len(self.live):
@@ -29,6 +31,16 @@ class Drawing:
         self.live = [self.live[i] for i in rows]
         self.sampler.select(rows)
         return draw.tokens_B[torch.tensor(rows, device=draw.tokens_B.device)], rows
+
+    def _draw(self, model: CausalLM, ids_BT: torch.Tensor, cache: Cache) -> Draw:
+        settings = self.sampler.for_kernel()
+        # models that are no torch modules have nothing to draw with
+        next_tokens = getattr(model, "next_tokens", None)
+        if settings is not None and next_tokens is not None:
+            drawn_B = next_tokens(ids_BT, cache, settings, self.sampler.rules.position)
+            if drawn_B is not None:
+                return self.sampler.taken(drawn_B, settings)
+        return self.sampler.draw(model.next_logits(ids_BT, cache))
 
 
 def _push(live: list[Completion], draw: Draw) -> None:

@@ -14,6 +14,7 @@ import torch
 from llmctl.errors import UserError
 from llmctl.generation.completion import Completion
 from llmctl.generation.settings import NO_MARKS, Marks, Sampling
+from llmctl.ops import sampling as kernel
 
 
 def not_numbers() -> UserError:
@@ -43,6 +44,7 @@ class Rules:
         edges: Sequence[Edges] | None = None,
     ):
         self.settings, self.device, self.position = list(settings), torch.device(device), 0
+        self.vocab_size = vocab_size
         self.edges = list(edges or [Edges()] * len(self.settings))
         self._may_force_first = [len(text) == 1 for text in texts]
         shape = (len(self.settings), vocab_size)
@@ -64,6 +66,18 @@ class Rules:
         edges = [Edges(completion.marks, completion.max_new_tokens) for completion in completions]
         texts = [completion.continued for completion in completions]
         return cls([completion.sampling for completion in completions], texts, vocab_size, device, edges)
+
+    @property
+    def only_penalize(self) -> bool:
+        """Whether no token is ruled out or forced at this place."""
+        return self._history_BN is None and self._ends_BV is None and not self._may_force
+
+    def tell(self, settings: kernel.Settings) -> None:
+        """Have a kernel apply the penalties itself."""
+        if self._seen_BV is not None:
+            settings.penalize(self._seen_BV, self._repetition_B1.squeeze(1))
+        if self._counts_BV is not None:
+            settings.count(self._counts_BV, self._presence_B1.squeeze(1), self._frequency_B1.squeeze(1))
 
     def apply(self, scores_BV: torch.Tensor) -> torch.Tensor:
         """The scores of the next token under all rules; -inf for one that may not come."""
@@ -90,7 +104,9 @@ class Rules:
     def remember(self, tokens_B: torch.Tensor) -> None:
         """Each row's text goes on with this token."""
         self.position += 1
-        tokens_B1 = tokens_B[:, None]
+        if self._seen_BV is None and self._counts_BV is None and self._history_BN is None:
+            return
+        tokens_B1 = tokens_B[:, None].clamp(min=0)
         if self._seen_BV is not None:
             self._seen_BV.scatter_(1, tokens_B1, True)
         if self._counts_BV is not None:
@@ -110,6 +126,8 @@ class Rules:
         self._read_settings()
 
     def _read_settings(self) -> None:
+        self._may_force = any(edge.marks.first is not None or edge.marks.last is not None for edge in self.edges)
+
         def column(name: str) -> torch.Tensor:
             return torch.tensor([getattr(row, name) for row in self.settings], device=self.device).float().unsqueeze(1)
 

@@ -53,19 +53,11 @@ class Sampler:
     def draw(self, logits_BV: torch.Tensor) -> Draw:
         """The next token of each row from its logits (any float dtype)."""
         logits_BV = logits_BV.float()
+        if (settings := self.for_kernel(logits_BV)) is not None:
+            return self.taken(sampling.sample(logits_BV, settings, self.rules.position), settings)
         scores_BV = self.rules.apply(logits_BV)
         if sampling.applies(scores_BV):
-            drawn_B = sampling.sample(
-                scores_BV,
-                temperature_B=self._temperature_B1.squeeze(1),
-                top_k_B=self._top_k_B1.squeeze(1),
-                top_p_B=self._top_p_B1.squeeze(1),
-                log_min_p_B=self._log_min_p_B1.squeeze(1),
-                is_greedy_B=self._is_greedy_B,
-                seeds_B=self._seeds_B,
-                sequences_B=self._sequences_B,
-                position=self.rules.position,
-            )
+            drawn_B = sampling.sample(scores_BV, self._new_settings(), self.rules.position)
         else:
             drawn_B = self._drawn(scores_BV)
         tokens_B = drawn_B.clamp(min=0)
@@ -73,6 +65,38 @@ class Sampler:
         draw = self._with_logprobs(tokens_B, logits_BV)
         draw.tokens_B = drawn_B
         return draw
+
+    def for_kernel(self, logits_BV: torch.Tensor | None = None) -> sampling.Settings | None:
+        """What the kernel needs to do all of a draw itself; None where it cannot, for these logits or those of a CPU."""
+        if self.device.type != "cpu" or not self.rules.only_penalize:
+            return None
+        if self._settings is None:
+            self._settings = self._new_settings()
+            self.rules.tell(self._settings)
+            if self._n_top is not None:
+                self._settings.report(min(self._n_top, self.rules.vocab_size))
+        return self._settings if logits_BV is None or sampling.applies(logits_BV) else None
+
+    def taken(self, tokens_B: torch.Tensor, settings: sampling.Settings) -> Draw:
+        """What a kernel has drawn by the settings for it."""
+        self.rules.remember(tokens_B)
+        if settings.logprobs_B is None:
+            return Draw(tokens_B)
+        # the kernel writes the next ones in the same place
+        return Draw(
+            tokens_B, settings.logprobs_B.clone(), settings.top_ids_BN.clone(), settings.top_logprobs_BN.clone()
+        )
+
+    def _new_settings(self) -> sampling.Settings:
+        return sampling.Settings(
+            temperature_B=self._temperature_B1.squeeze(1),
+            top_k_B=self._top_k_B1.squeeze(1),
+            top_p_B=self._top_p_B1.squeeze(1),
+            log_min_p_B=self._log_min_p_B1.squeeze(1),
+            is_greedy_B=self._is_greedy_B,
+            seeds_B=self._seeds_B,
+            sequences_B=self._sequences_B,
+        )
 
     def _drawn(self, scores_BV: torch.Tensor) -> torch.Tensor:
         """The tokens, -1 where scores are NaN."""
@@ -112,6 +136,7 @@ class Sampler:
         self._read_settings()
 
     def _read_settings(self) -> None:
+        self._settings: sampling.Settings | None = None
         rows = self.settings
         self._is_greedy_B = torch.tensor([row.is_greedy for row in rows], device=self.device)
         self._any_random = not all(row.is_greedy for row in rows)

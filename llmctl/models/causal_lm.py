@@ -12,6 +12,7 @@ from llmctl.models.decode_step import DecodeStep
 from llmctl.models.head import softcapped
 from llmctl.models.language_model import LanguageModel
 from llmctl.models.memory import Memory
+from llmctl.ops.sampling import Settings
 
 
 class CausalLM(LanguageModel):
@@ -73,6 +74,15 @@ class CausalLM(LanguageModel):
         if cache.step is not None and cache.step.takes(input_ids_BT):
             return softcapped(self.config.head, cache.step.logits(input_ids_BT, cache))
         return self.logits(self.hidden(input_ids_BT, cache=cache)[:, -1])
+
+    def next_tokens(
+        self, input_ids_BT: torch.Tensor, cache: Cache, settings: Settings, position: int
+    ) -> torch.Tensor | None:
+        """The tokens [B] that follow, -1 where logits are NaN, drawn as the settings say at this position of the text; None,
+        and nothing is read, where that takes the logits."""
+        if cache.step is None or not cache.step.takes(input_ids_BT) or self.config.head.softcap is not None:
+            return None
+        return cache.step.draw(input_ids_BT, cache, settings, position)
 
     def continued(self, prompt_ids: Sequence[int], start_id: int | None) -> Sequence[int]:
         """What the new tokens follow when a text is made of a prompt: here the prompt itself."""

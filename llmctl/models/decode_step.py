@@ -10,9 +10,11 @@ from llmctl.models.attention import Attention
 from llmctl.models.cache import Cache
 from llmctl.models.ffn import GatedMlp, Mlp
 from llmctl.models.linear import Linear
+from llmctl.models.quantized_linear import QuantizedLinear
 from llmctl.models.transformer import Block, Stack
 from llmctl.ops import decode_step as ops
 from llmctl.ops.dispatch import DTYPES, inference_library
+from llmctl.ops.sampling import Settings
 
 MAX_TOKENS = 4096
 """Beyond so many at once the overhead of Python is nothing, and the step's memory is much."""
@@ -48,26 +50,43 @@ class DecodeStep:
         except NotCovered:
             return None
 
+    def __deepcopy__(self, memo: dict) -> DecodeStep:
+        """The same for a cache's copy: it is the model's."""
+        return self
+
     def takes(self, ids_BT: torch.Tensor) -> bool:
         is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         return is_plain and ids_BT.device.type == "cpu" and ids_BT.numel() <= MAX_TOKENS
 
     def logits(self, ids_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         """[B, V] of what follows the ids, which continue what the cache holds, in front of a head's softcap."""
+        logits_BV = torch.empty(len(ids_BT), self._decoder.head.n_out, dtype=self._dtype)
+        self._args.logits, self._args.sampling = logits_BV.data_ptr(), None
+        self._run(ids_BT, cache)
+        return logits_BV
+
+    def draw(self, ids_BT: torch.Tensor, cache: Cache, settings: Settings, position: int) -> torch.Tensor:
+        """The tokens [B] that follow, -1 where logits are NaN."""
+        tokens_B = torch.empty(len(ids_BT), dtype=torch.int64)
+        settings.args.position = position
+        self._args.logits, self._args.drawn = None, tokens_B.data_ptr()
+        self._args.sampling = ops.address(settings.args)
+        self._run(ids_BT, cache)
+        return tokens_B
+
+    def _run(self, ids_BT: torch.Tensor, cache: Cache) -> None:
         batch, n_new = ids_BT.shape
         ids_BT = ids_BT.contiguous()
         end = cache.length + n_new
         if end > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} positions; {end} were asked of it")
         self._point_at(cache, end)
-        logits_BV = torch.empty(batch, self._decoder.head.n_out, dtype=self._dtype)
         starts_B = None if cache.starts_B is None else cache.starts_B.contiguous()
         args = self._args
-        args.tokens, args.logits, args.starts = ids_BT.data_ptr(), logits_BV.data_ptr(), ops.pointer(starts_B)
+        args.tokens, args.starts = ids_BT.data_ptr(), ops.pointer(starts_B)
         args.batch, args.n_new, args.offset, args.capacity = batch, n_new, cache.length, cache.capacity
         ops.run(self._decoder, args)
         cache.length = end
-        return logits_BV
 
     def _point_at(self, cache: Cache, end: int) -> None:
         """The structures hold the addresses of this cache, and of tables up to this length."""
@@ -97,7 +116,7 @@ class DecodeStep:
             None if positions is None else self._pointer(positions.weight[spec.positions.offset :]),
             self._norm(model.embed_norm),
             self._norm(model.norm),
-            self._matrix_of(model.head_weight, model.output_bias),
+            self._head(model),
             len(model.layers),
             *model.embed_tokens.weight.shape,
             0 if positions is None else positions.weight.shape[0] - spec.positions.offset,
@@ -105,6 +124,11 @@ class DecodeStep:
             spec.head.scale,
             ops.dtype(self._dtype),
         )
+
+    def _head(self, model: Stack) -> ops.Matrix:
+        if isinstance(model.lm_head, QuantizedLinear):
+            return self._matrix(model.lm_head)
+        return self._matrix_of(model.head_weight, model.output_bias)
 
     def _layer(self, block: Block) -> ops.Layer:
         mixer, ffn = block.mixer, block.ffn
@@ -141,9 +165,14 @@ class DecodeStep:
 
     def _matrix(self, module: nn.Module) -> ops.Matrix:
         _check_module(module)
-        if type(module) is not Linear:
+        if type(module) is Linear:
+            return self._matrix_of(module.weight, module.bias)
+        if type(module) is not QuantizedLinear or module.quantized is None or module.columns_K is not None:
             raise NotCovered(type(module).__name__)
-        return self._matrix_of(module.weight, module.bias)
+        weight = module.quantized.args()
+        self._kept += [module.quantized, weight]
+        bias = None if module.bias is None else module.bias.to(self._dtype)
+        return ops.quantized_matrix(weight, self._kept_as(bias))
 
     def _matrix_of(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ops.Matrix:
         return ops.matrix(self._kept_as(weight), self._kept_as(bias))

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from llmctl.ops import native
+from llmctl.ops import native, quantized_linear
 from llmctl.ops.activation import KINDS
 from llmctl.ops.cached_attention import MAX_HEAD_DIM as MAX_HEAD_DIM
 from llmctl.ops.dispatch import DTYPES, inference_library
@@ -88,6 +88,11 @@ def matrix(weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> Matrix:
     return Matrix(pointer(weight_NK), None, pointer(bias_N), n_in, n_out, weight_NK.stride(0))
 
 
+def quantized_matrix(weight: quantized_linear.Args, bias_N: torch.Tensor | None) -> Matrix:
+    """The weight's structure must stay alive."""
+    return Matrix(None, address(weight), pointer(bias_N), weight.n_in, weight.n_out, 0)
+
+
 def activation(kind: str) -> int:
     return KINDS.index(kind)
 
@@ -100,7 +105,7 @@ def pointer(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def address(array: ctypes.Array) -> int:
+def address(array: ctypes.Array | ctypes.Structure) -> int:
     """Of what must stay alive as long as it is used."""
     return ctypes.addressof(array)
 

@@ -10,10 +10,11 @@ import torch
 
 from llmctl import agreement
 from llmctl.errors import CheckFailed
-from llmctl.export.onnx.settings import LOGITS, OnnxSettings
+from llmctl.export.onnx.settings import LOGITS, TOLERANCES, OnnxSettings
 from llmctl.models import rope_scaling
 from llmctl.models.config import ModelConfig
 from llmctl.models.streaming import StreamedModel
+from llmctl.quantize.stored import CONFIG_KEY
 from llmctl.run_onnx.graph_session import session_options
 from llmctl.run_onnx.opening import OnnxModel, open_model
 from llmctl.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ def check(source: Path, exported: Path, provider: str, tokenizer: Tokenizer | No
     compare = {"causal": _causal, "masked": _masked, "seq2seq": _seq2seq}[before.config.kind]
     with torch.no_grad():
         found = compare(before, after, probes)
-    _require(found, settings)
+    _require(found, settings, CONFIG_KEY in before.config.hf)
     return found
 
 
@@ -64,15 +65,17 @@ def longest(spec: ModelConfig) -> int | None:
     return min([*limits, *([] if spec.max_positions is None else [spec.max_positions])], default=None)
 
 
-def _require(found: Checked, settings: OnnxSettings) -> None:
-    exact = settings.precision == "float32"
+def _require(found: Checked, settings: OnnxSettings, from_few_bits: bool) -> None:
+    """`from_few_bits`: the checkpoint is quantized, and onnxruntime rounds what its matrices multiply."""
+    exact = settings.precision == "float32" and not from_few_bits
     if exact and not (found.largest_error <= LOGITS and found.equal == found.greedy):
         raise CheckFailed(
             f"the graph does not compute what the model does: {found}",
             hint=f"nothing was written; in float32 logits may be off by {LOGITS:g}, and the text must be equal",
         )
     if found.agreement is not None:
-        agreement.require(found.agreement, settings.kl_tolerance)
+        least = TOLERANCES["int8"] if from_few_bits and settings.tolerance is None else 0.0
+        agreement.require(found.agreement, max(settings.kl_tolerance, least))
 
 
 def _frugal(settings: OnnxSettings) -> onnxruntime.SessionOptions:

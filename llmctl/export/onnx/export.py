@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -26,6 +27,7 @@ from llmctl.finetune.merge_settings import MergeSettings
 from llmctl.generation.settings import read_generation_config, read_marks
 from llmctl.models.config import ModelConfig, Recurrent
 from llmctl.models.loading import read_config, stored_config, write_config
+from llmctl.quantize.stored import CONFIG_KEY
 from llmctl.run_onnx.files import DECODER, ENCODER, FOLLOWING, MERGED, SINGLE
 from llmctl.run_onnx.opening import PADS
 from llmctl.tokenization.files import has_tokenizer
@@ -127,7 +129,8 @@ def _write_companions(
     assembly: Assembly, directory: Path, spec: ModelConfig, tokenizer: Tokenizer | None, settings: OnnxSettings
 ) -> None:
     """Config, tokenizer and settings of generation, for us, optimum and onnxruntime-genai."""
-    write_config(spec, getattr(torch, settings.dtype), directory)
+    plain = dataclasses.replace(spec, hf={key: value for key, value in spec.hf.items() if key != CONFIG_KEY})
+    write_config(plain, getattr(torch, settings.dtype), directory)
     recommended = read_generation_config(assembly.generation_config_directory)
     if recommended:
         shutil.copyfile(

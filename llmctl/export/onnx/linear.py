@@ -8,7 +8,12 @@ import torch
 
 from llmctl.export.onnx.builder import Builder
 from llmctl.export.onnx.graph import MICROSOFT, Value
+from llmctl.export.onnx.packed import packed_groups
+from llmctl.export.onnx.quantization import Groups
 from llmctl.tensor_file import LazyTensor
+
+FAST = 4
+"""onnxruntime's accuracy_level that multiplies whole numbers of 8 bits."""
 
 
 def linear(b: Builder, names: str | Sequence[str], x: Value) -> Value:
@@ -19,6 +24,10 @@ def linear(b: Builder, names: str | Sequence[str], x: Value) -> Value:
     bias = None
     if any(b.weights.has(f"{name}.bias") for name in names):
         bias = b.graph.weight("+".join(f"{name}.bias" for name in names), _biases(b, names, n_out))
+    if (groups := packed_groups(b.weights, weights)) is not None:
+        return in_groups(b, "+".join(weights), groups, x, bias)
+    if len(weights) > 1 and any(b.weights.packed(name) is not None for name in weights):
+        return b.graph.concat(*(linear(b, name, x) for name in names))
     tensor_NK = b.weights.lazy(weights, (n_out, n_in), lambda *parts: torch.cat(parts))
     return product(b, "+".join(weights), tensor_NK, x, bias)
 
@@ -26,7 +35,7 @@ def linear(b: Builder, names: str | Sequence[str], x: Value) -> Value:
 def product(b: Builder, name: str, tensor_NK: LazyTensor, x: Value, bias: Value | None = None) -> Value:
     """x weight^T + bias, with weights of 4 or 8 bits where the model is to have them."""
     if b.quantization is not None:
-        return _quantized(b, name, tensor_NK, x, bias)
+        return in_groups(b, name, b.quantization.of(tensor_NK), x, bias)
     n_out, n_in = tensor_NK.shape
     # MatMul takes the matrix the other way round; two of the tensor are in memory while it is turned.
     turned = LazyTensor((n_in, n_out), tensor_NK.dtype, lambda: tensor_NK.load().mT.contiguous())
@@ -34,25 +43,19 @@ def product(b: Builder, name: str, tensor_NK: LazyTensor, x: Value, bias: Value 
     return y if bias is None else y + bias
 
 
-def _quantized(b: Builder, name: str, tensor_NK: LazyTensor, x: Value, bias: Value | None) -> Value:
-    how, (n_out, n_in) = b.quantization, tensor_NK.shape
-    codes, scales = how.split(tensor_NK)
+def in_groups(b: Builder, name: str, groups: Groups, x: Value, bias: Value | None = None) -> Value:
+    """The same with weights of 4 or 8 bits, for which onnxruntime rounds x to 8 bits too."""
+    g, (n_out, n_in) = b.graph, groups.shape
+    if groups.columns_K is not None:
+        x = g.op("Gather", x, g.constant(groups.columns_K.long()), axis=-1)
     # The scales first: they and the codes are made in one pass.
-    scales = b.graph.weight(f"{name}.scales", scales)
-    codes = b.graph.weight(f"{name}.codes", codes)
-    return b.graph.op(
-        "MatMulNBits",
-        x,
-        codes,
-        scales,
-        *(() if bias is None else (None, None, bias)),
-        domain=MICROSOFT,
-        K=n_in,
-        N=n_out,
-        bits=how.bits,
-        block_size=how.group_size,
-        accuracy_level=how.accuracy_level,
-    )
+    scales, codes = g.weight(f"{name}.scales", groups.scales), g.weight(f"{name}.codes", groups.codes)
+    zeros = None if groups.zeros is None else g.weight(f"{name}.zeros", groups.zeros)
+    how = {"K": n_in, "N": n_out, "bits": groups.bits, "block_size": groups.group_size, "accuracy_level": FAST}
+    inputs = [x, codes, scales, zeros, None, bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    return g.op("MatMulNBits", *inputs, domain=MICROSOFT, **how)
 
 
 def _biases(b: Builder, names: Sequence[str], n_out: int) -> LazyTensor:

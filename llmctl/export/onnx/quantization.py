@@ -11,15 +11,27 @@ from llmctl.tensor_file import LazyTensor
 
 
 @dataclass(frozen=True)
+class Groups:
+    """A matrix [N, K] in codes: uint8 [N, groups, bytes of a group], `scales` [N, groups], and `zeros` uint8 [N, bytes of a
+    row's] (None: the middle of the range). Code k of a row belongs to input `columns_K[k]` (None: k)."""
+
+    bits: int
+    group_size: int
+    shape: tuple[int, int]
+    scales: LazyTensor
+    codes: LazyTensor
+    zeros: LazyTensor | None = None
+    columns_K: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Quantization:
-    """`accuracy_level` 4 lets onnxruntime round activations to 8 bits in groups, which is its fast way; 1 keeps them."""
+    """How to round the weights of linear layers to nearest."""
 
     bits: int
     group_size: int = 32
-    accuracy_level: int = 4
 
-    def split(self, tensor_NK: LazyTensor) -> tuple[LazyTensor, LazyTensor]:
-        """(codes uint8 [N, groups, bytes of a group], scales [N, groups]) of weights [N, K], rounded to nearest."""
+    def of(self, tensor_NK: LazyTensor) -> Groups:
         n_out, n_in = tensor_NK.shape
         n_groups = -(-n_in // self.group_size)
         kept: list[torch.Tensor] = []
@@ -36,10 +48,8 @@ class Quantization:
             return kept.pop()
 
         shape = (n_out, n_groups, self.group_size * self.bits // 8)
-        return (
-            LazyTensor(shape, torch.uint8, codes),
-            LazyTensor((n_out, n_groups), tensor_NK.dtype, scales),
-        )
+        stored = LazyTensor((n_out, n_groups), tensor_NK.dtype, scales), LazyTensor(shape, torch.uint8, codes)
+        return Groups(self.bits, self.group_size, (n_out, n_in), *stored)
 
 
 def rounded(weight_NK: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from llmctl.models import families, weights
 from llmctl.models.config import ModelConfig
 from llmctl.models.loading import new_empty, stored_tensors
-from llmctl.quantize.stored import open_weights
+from llmctl.quantize.stored import QuantizedFiles, open_weights
 from llmctl.tensor_file import LazyTensor
 
 
@@ -53,6 +53,20 @@ class Weights:
             return change(*(self.read(name).float() for name in names)).to(dtype)
 
         return LazyTensor(tuple(shape), dtype, load)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the checkpoint holds matrices in few bits."""
+        return isinstance(self._files, QuantizedFiles)
+
+    def packed(self, name: str):
+        """A matrix [out, in] of a quantized module, as it is stored; None for other tensors."""
+        source = self._sources.get(name)
+        whole = None if source is None or not self.is_quantized else self._files.packed(source.theirs)
+        if whole is None or len(source.sizes) == 1:
+            return whole
+        first = sum(source.sizes[: source.part])
+        return whole.part(first, first + source.sizes[source.part])
 
     def plain(self, name: str) -> LazyTensor:
         return self.lazy(name, self.shapes[name])
