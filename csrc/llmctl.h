@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 12
+#define LLMCTL_ABI 13
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -87,7 +87,8 @@ LLMCTL_API int llmctl_bpe_encode(void* encoder, const uint8_t* text, const int64
 enum {
     LLMCTL_F32 = 0,
     LLMCTL_BF16 = 1,
-    LLMCTL_F16 = 2 /* of scales alone */
+    LLMCTL_F16 = 2, /* of scales alone */
+    LLMCTL_I8 = 3   /* of cached keys and values alone: (byte - 128) times a scale for each token and head */
 };
 
 /* out = x weight^T + bias for x [n_rows, n_in], weight [n_out, n_in], bias [n_out] or null and out [n_rows, n_out]; the
@@ -136,6 +137,10 @@ typedef struct {
     const float* bias;                                   /* [batch, heads, queries, keys] or null */
     int64_t bias_strides[4];
     float scale, softcap;                                /* softcap 0 is none: c tanh(score / c) */
+    const float* k_scales;                               /* [batch, kv_heads, keys] of LLMCTL_I8, else null */
+    const float* v_scales;
+    int64_t scale_strides[2];                            /* from sequence to sequence and head to head */
+    int32_t kv_dtype;                                    /* the queries' own, LLMCTL_BF16 or LLMCTL_I8: see there */
 } llmctl_attention_args;
 
 /* A query that sees no key gets 0. Its result depends, to the last bit, on its own vector and on the keys and values from
@@ -256,7 +261,10 @@ typedef struct {
 typedef struct {
     void* keys;
     void* values;
-    int64_t strides[3];
+    float* key_scales;                                   /* [batch, kv_heads, capacity] of LLMCTL_I8, else null */
+    float* value_scales;
+    int64_t strides[3], scale_strides[2];
+    int32_t dtype;                                       /* the model's own, LLMCTL_BF16 or LLMCTL_I8 */
 } llmctl_kv_cache;
 
 typedef struct {

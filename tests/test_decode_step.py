@@ -121,6 +121,39 @@ def test_any_mix_of_plain_and_quantized_weights(dtype):
         ids_BT = found.argmax(-1, keepdim=True)
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.bfloat16])
+@torch.inference_mode()
+def test_narrower_caches(kv_dtype):
+    """Step and modules read the same numbers back, in other roundings; rows do not know each other; rows leave."""
+    model = model_of(CONFIGS["gemma2"])
+    model.cache_dtype = kv_dtype
+    one_call, ids_BT = begin(model, PROMPTS, True)
+    modules, _ = begin(model, PROMPTS, False)
+    alone, one_BT = begin(model, PROMPTS[2:], True)
+    assert one_call.layers[0].keys.dtype == (torch.uint8 if kv_dtype == torch.int8 else kv_dtype)
+    for step in range(12):
+        found = model.next_logits(ids_BT, one_call)
+        torch.testing.assert_close(found, model.next_logits(ids_BT, modules), rtol=1e-3, atol=1e-3)
+        assert torch.equal(model.next_logits(one_BT, alone), found[-1:])
+        ids_BT = found.argmax(-1, keepdim=True)
+        if step == 5:
+            for cache in (one_call, modules):
+                cache.select(torch.tensor([1, 2]))
+                assert cache.cut(cache.length, cache.capacity + 9)
+            ids_BT = ids_BT[[1, 2]]
+        one_BT = ids_BT[-1:]
+
+
+@torch.inference_mode()
+def test_a_long_prompt_goes_in_pieces(monkeypatch):
+    model = model_of(CONFIGS["llama"])
+    whole, ids_BT = begin(model, PROMPTS, True)
+    pieces, _ = begin(model, PROMPTS, True)
+    expected = model.next_logits(ids_BT, whole)
+    monkeypatch.setattr("llmctl.models.decode_step.MAX_TOKENS", 7)
+    assert torch.equal(model.next_logits(ids_BT, pieces), expected)
+
+
 @torch.inference_mode()
 def test_every_instruction_set(isa):
     model = model_of(CONFIGS["qwen3"])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from llmctl.models.cache import QuantizedKeyValues
 from llmctl.ops import attention as ops
 from llmctl.ops import cached_attention, native
 from llmctl.ops.visibility import Visibility
@@ -174,3 +177,48 @@ def test_the_operator_keeps_torchs_contract():
     torch.library.opcheck(
         torch.ops.llmctl.cached_attention, (*tensors, 2, 0.5, 0.0), test_utils=("test_schema", "test_faketensor")
     )
+
+
+def by_kernel(q, k, v, stored, scales, dtype_number, visibility, softcap):
+    """Attention to keys and values stored in another type than the queries'."""
+    batch, heads, queries, size = q.shape
+    out = q.new_empty(batch, queries, heads, size)
+    args = cached_attention.arguments(
+        q, *stored, out, None, None, None, None, visibility.offset, size**-0.5, softcap or 0.0
+    )
+    args.kv_dtype = dtype_number
+    if scales:
+        args.k_scales, args.v_scales = (each.data_ptr() for each in scales)
+        args.scale_strides[:] = scales[0].stride()[:2]
+    native.call(native.library(), "llmctl_attention", DTYPES_OF_C[q.dtype], ctypes.byref(args))
+    return out.transpose(1, 2)
+
+
+DTYPES_OF_C = {torch.float32: 0, torch.bfloat16: 1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number", range(8))
+def test_caches_of_other_types(isa, number, dtype):
+    dice = random.Random(number)
+    kv_heads, keys = dice.choice([1, 2, 3]), dice.choice([1, 5, 31, 255, 256, 300, 700])
+    heads, size = kv_heads * dice.choice([1, 4, 8, 20]), dice.choice([1, 8, 20, 64, 80, 128, 256])
+    queries = min(keys, dice.choice([1, 1, 3, 12]))
+    q, k, v = sample(2, heads, kv_heads, queries, keys, size, dtype, dice.choice([0.3, 1.0, 3.0]))
+    visibility, softcap = Visibility(True, keys - queries), dice.choice([None, 20.0])
+    room = QuantizedKeyValues(SimpleNamespace(n_kv_heads=kv_heads, head_dim=size), 2, keys, torch.int8, "cpu")
+    decoded = room.append(0, k.float(), v.float())
+    torch.testing.assert_close(decoded[0], k.float(), rtol=0, atol=float(k.abs().max()) / 127)
+    scales = [room.key_scales, room.value_scales]
+    found = by_kernel(q, k, v, [room.keys, room.values], scales, 3, visibility, softcap)
+    check(found, exact(q, *decoded, visibility, softcap=softcap))
+    if dtype == torch.float32:
+        halves = k.bfloat16(), v.bfloat16()
+        found = by_kernel(q, k, v, halves, None, 1, visibility, softcap)
+        check(found, exact(q, *halves, visibility, softcap=softcap))
+
+
+def test_bytes_without_scales_are_refused():
+    q, k, v = sample(1, 1, 1, 1, 4, 8, torch.float32)
+    with pytest.raises(RuntimeError, match="bytes without scales"):
+        by_kernel(q, k, v, [k.to(torch.uint8), v.to(torch.uint8)], None, 3, Visibility(True, 3), None)

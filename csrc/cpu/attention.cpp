@@ -142,7 +142,13 @@ void by_sections(const AttentionArgs& args, const AttentionKernels& kernels, con
     }
 }
 
-void check(const AttentionArgs& a) {
+void check(int32_t dtype, const AttentionArgs& a) {
+    if (a.kv_dtype != dtype && a.kv_dtype != LLMCTL_BF16 && a.kv_dtype != LLMCTL_I8) {
+        throw std::invalid_argument("keys of a type that does not go with the queries'");
+    }
+    if (a.kv_dtype == LLMCTL_I8 && (a.k_scales == nullptr || a.v_scales == nullptr)) {
+        throw std::invalid_argument("bytes without scales");
+    }
     for (const int64_t size : {a.batch, a.heads, a.kv_heads, a.queries, a.keys, a.head_dim}) {
         if (size < 0) throw std::invalid_argument("a size is below 0");
     }
@@ -162,7 +168,7 @@ KeyRange visible_keys(const AttentionArgs& a, int64_t sequence, int64_t query) {
 }
 
 void run_attention(int32_t dtype, const AttentionArgs& args) {
-    check(args);
+    check(dtype, args);
     if (args.batch == 0 || args.queries == 0 || args.heads == 0 || args.head_dim == 0) return;
     const AttentionKernels& chosen = dtype == LLMCTL_F32 ? kernels().attention_f32 : kernels().attention_bf16;
     const Tiles tiles(args);

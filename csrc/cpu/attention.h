@@ -7,9 +7,10 @@
 
 namespace llmctl {
 
-constexpr int64_t attention_max_rows = 24;  // queries x heads of one kv head that meet its keys together
+constexpr int64_t attention_max_rows = 32;  // queries x heads of one kv head that meet its keys together
 constexpr int64_t attention_section = 256;  // keys whose softmax is taken at once
 constexpr int64_t attention_max_dim = LLMCTL_ATTENTION_MAX_HEAD_DIM;
+constexpr int kv_zero = 128;                // the byte that means 0 in a cache of bytes
 
 // Rows of one sequence and one kv head; row r is query r / group of query head r % group within the group.
 struct AttentionTile {

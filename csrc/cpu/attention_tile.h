@@ -6,6 +6,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/linear_tile.h"
+#include "cpu/piece_scratch.h"
 #include "cpu/simd/exp.h"
 
 namespace llmctl {
@@ -17,12 +18,63 @@ LLMCTL_INLINE int64_t clamped(int64_t x, int64_t low, int64_t high) { return x <
 
 LLMCTL_INLINE int64_t group_size(const AttentionArgs& a) { return a.heads / a.kv_heads; }
 
+// The keys of a section: number i is start + i of the sequence's.
+struct SectionKeys {
+    SectionKeys(const AttentionArgs& a, const AttentionTile& tile, int64_t section) : args(a) {
+        start = (a.origins ? a.origins[tile.sequence] : 0) + section * attention_section;
+        for (int64_t r = 0; r < tile.n_rows; ++r) {
+            const KeyRange keys = visible_keys(a, tile.sequence, (tile.first_row + r) / group_size(a));
+            ranges[r] = {clamped(keys.begin - start, 0, attention_section),
+                         clamped(keys.end - start, 0, attention_section)};
+            if (ranges[r].begin >= ranges[r].end) continue;
+            first = ranges[r].begin < first ? ranges[r].begin : first;
+            last = ranges[r].end > last ? ranges[r].end : last;
+        }
+        const int64_t size = a.kv_dtype == LLMCTL_F32 ? 4 : a.kv_dtype == LLMCTL_BF16 ? 2 : 1;
+        k = static_cast<const char*>(a.k) +
+            (tile.sequence * a.k_strides[0] + tile.kv_head * a.k_strides[1] + start * a.k_strides[2]) * size;
+        v = static_cast<const char*>(a.v) +
+            (tile.sequence * a.v_strides[0] + tile.kv_head * a.v_strides[1] + start * a.v_strides[2]) * size;
+        k_stride = a.k_strides[2] * size;
+        v_stride = a.v_strides[2] * size;
+        const int64_t scale = tile.sequence * a.scale_strides[0] + tile.kv_head * a.scale_strides[1] + start;
+        if (a.k_scales) k_scales = a.k_scales + scale;
+        if (a.v_scales) v_scales = a.v_scales + scale;
+    }
+
+    const void* key(int64_t i) const { return k + i * k_stride; }
+    const void* value(int64_t i) const { return v + i * v_stride; }
+
+    const AttentionArgs& args;
+    int64_t start, first = attention_section, last = 0;  // some row sees one of [first, last)
+    KeyRange ranges[attention_max_rows];                 // of each row
+    const float *k_scales = nullptr, *v_scales = nullptr;
+
+private:
+    const char *k, *v;
+    int64_t k_stride, v_stride;
+};
+
+// One head's elements of one key or value as those of the queries.
+template <class S, class Element>
+LLMCTL_INLINE void widen_row(const void* from, int32_t dtype, Element* to, int64_t n) {
+    if (dtype != LLMCTL_I8) {
+        const Bf16* x = static_cast<const Bf16*>(from);
+        for (int64_t i = 0; i < n; ++i) store(to[i], load(x[i]));
+        return;
+    }
+    const uint8_t* codes = static_cast<const uint8_t*>(from);
+    int64_t i = 0;
+    for (; i + S::lanes <= n; i += S::lanes) S::store(to + i, S::sub(S::load_bytes(codes + i), S::all(kv_zero)));
+    for (; i < n; ++i) store(to[i], static_cast<float>(codes[i] - kv_zero));
+}
+
 // Scores of a row over [range.begin, range.end) become exp(score - highest), and 0 in the rest of [first, last).
 template <class S>
 class RowSoftmax {
 public:
-    RowSoftmax(const AttentionArgs& args, const float* bias, int64_t bias_stride, float* scores, KeyRange range)
-        : a_(args), bias_(bias), bias_stride_(bias_stride), scores_(scores), range_(range) {}
+    RowSoftmax(const SectionKeys& keys, const float* bias, int64_t bias_stride, float* scores, KeyRange range)
+        : a_(keys.args), keys_(keys), bias_(bias), bias_stride_(bias_stride), scores_(scores), range_(range) {}
 
     void run(int64_t first, int64_t last, float& highest, float& total) {
         const int64_t begin = range_.begin / S::lanes * S::lanes;
@@ -51,6 +103,14 @@ public:
 private:
     typename S::Vec finished_scores(int64_t i) {
         typename S::Vec x = S::mul(S::load(scores_ + i), S::all(a_.scale));
+        if (keys_.k_scales) {
+            float scales[S::lanes];
+            for (int lane = 0; lane < S::lanes; ++lane) {
+                const bool is_there = i + lane >= keys_.first && i + lane < keys_.last;
+                scales[lane] = is_there ? keys_.k_scales[i + lane] : 0.0f;
+            }
+            x = S::mul(x, S::load(scales));
+        }
         if (a_.softcap != 0.0f) {
             x = S::mul(tanh<S>(S::div(x, S::all(a_.softcap))), S::all(a_.softcap));
         }
@@ -71,6 +131,7 @@ private:
     }
 
     const AttentionArgs& a_;
+    const SectionKeys& keys_;
     const float* bias_;
     int64_t bias_stride_;
     float* scores_;
@@ -145,11 +206,12 @@ LLMCTL_INLINE void for_even_stretches(int64_t n_rows, int64_t most, const Body& 
     for (int64_t r = 0; r < n_rows; r += size) body(r, n_rows - r < size ? n_rows - r : size);
 }
 
-// q . k of every row and the keys [first, last) of the section that begins at key `start`.
+// q . k of every row and the keys [first, last) of the section, which lie `stride` elements apart from `k` on.
 template <class Dot, int MaxRows>
-void section_scores(const AttentionArgs& a, const AttentionTile& tile, int64_t start, int64_t first, int64_t last,
+void section_scores(const AttentionTile& tile, const SectionKeys& keys, const typename Dot::Element* k, int64_t stride,
                     float* scores) {
     using Element = typename Dot::Element;
+    const AttentionArgs& a = keys.args;
     Element queries[attention_max_rows * attention_max_dim];
     for (int64_t r = 0; r < tile.n_rows; ++r) {
         const int64_t row = tile.first_row + r, group = group_size(a);
@@ -157,12 +219,11 @@ void section_scores(const AttentionArgs& a, const AttentionTile& tile, int64_t s
                            (tile.kv_head * group + row % group) * a.q_strides[1] + row / group * a.q_strides[2];
         __builtin_memcpy(queries + r * a.head_dim, q, a.head_dim * sizeof(Element));
     }
-    const Element* k =
-        static_cast<const Element*>(a.k) + tile.sequence * a.k_strides[0] + tile.kv_head * a.k_strides[1];
-    const Linear product{queries, k, nullptr, nullptr, tile.n_rows, a.head_dim, a.keys, a.head_dim, a.k_strides[2], 0};
-    for_even_stretches(tile.n_rows, MaxRows, [&](int64_t r, int64_t n) {
-        linear_block_of<Dot, MaxRows>(n, product, r, 0, start + first, start + last, r == 0 ? keys_ahead : 0,
-                                      scores + r * attention_section + first, attention_section);
+    const int64_t n = keys.last - keys.first;
+    const Linear product{queries, k, nullptr, nullptr, tile.n_rows, a.head_dim, n, a.head_dim, stride, 0};
+    for_even_stretches(tile.n_rows, MaxRows, [&](int64_t r, int64_t n_rows) {
+        linear_block_of<Dot, MaxRows>(n_rows, product, r, 0, 0, n, r == 0 ? keys_ahead : 0,
+                                      scores + r * attention_section + keys.first, attention_section);
     });
 }
 
@@ -170,44 +231,50 @@ template <class Dot, int ScoreRows, int ValueRows>
 void attention_section_kernel(const AttentionArgs& a, const AttentionTile& tile, int64_t section, AttentionSums& to) {
     using S = typename Dot::Simd;
     using Element = typename Dot::Element;
-    const int64_t start = (a.origins ? a.origins[tile.sequence] : 0) + section * attention_section;
-    KeyRange ranges[attention_max_rows];
-    int64_t first = attention_section, last = 0;
-    for (int64_t r = 0; r < tile.n_rows; ++r) {
-        const KeyRange keys = visible_keys(a, tile.sequence, (tile.first_row + r) / group_size(a));
-        ranges[r] = {clamped(keys.begin - start, 0, attention_section),
-                     clamped(keys.end - start, 0, attention_section)};
-        if (ranges[r].begin >= ranges[r].end) continue;
-        first = ranges[r].begin < first ? ranges[r].begin : first;
-        last = ranges[r].end > last ? ranges[r].end : last;
-    }
+    const SectionKeys keys(a, tile, section);
+    const int64_t first = keys.first, last = keys.last;
     if (first >= last) {
         for (int64_t r = 0; r < tile.n_rows; ++r) to.total[r] = 0.0f;
         return;
     }
+    const bool is_own = a.kv_dtype == (sizeof(Element) == 4 ? LLMCTL_F32 : LLMCTL_BF16);
+    Element* panel = nullptr;
+    if (!is_own) {
+        panel = reinterpret_cast<Element*>(piece_scratch(attention_section * attention_max_dim * sizeof(Element)));
+        for (int64_t i = first; i < last; ++i) {
+            widen_row<S>(keys.key(i), a.kv_dtype, panel + (i - first) * a.head_dim, a.head_dim);
+        }
+    }
     // four at a time may be written behind the last key
     alignas(64) float scores[attention_max_rows * attention_section + 4];
-    section_scores<Dot, ScoreRows>(a, tile, start, first, last, scores);
+    const Element* k = is_own ? static_cast<const Element*>(keys.key(first)) : panel;
+    section_scores<Dot, ScoreRows>(tile, keys, k, is_own ? a.k_strides[2] : a.head_dim, scores);
     for (int64_t r = 0; r < tile.n_rows; ++r) {
         float* row = scores + r * attention_section;
         to.highest[r] = -__builtin_inff();
         to.total[r] = 0.0f;
-        if (ranges[r].begin >= ranges[r].end) {
+        if (keys.ranges[r].begin >= keys.ranges[r].end) {
             for (int64_t i = first; i < last; ++i) row[i] = 0.0f;
             continue;
         }
         const int64_t query = (tile.first_row + r) / group_size(a), in_group = (tile.first_row + r) % group_size(a);
         const int64_t head = tile.kv_head * group_size(a) + in_group;
         const float* bias = a.bias ? a.bias + tile.sequence * a.bias_strides[0] + head * a.bias_strides[1] +
-                                         query * a.bias_strides[2] + start * a.bias_strides[3]
+                                         query * a.bias_strides[2] + keys.start * a.bias_strides[3]
                                    : nullptr;
-        RowSoftmax<S>(a, bias, a.bias_strides[3], row, ranges[r]).run(first, last, to.highest[r], to.total[r]);
+        RowSoftmax<S>(keys, bias, a.bias_strides[3], row, keys.ranges[r]).run(first, last, to.highest[r], to.total[r]);
+        for (int64_t i = first; keys.v_scales && i < last; ++i) row[i] *= keys.v_scales[i];
     }
-    const Element* v = static_cast<const Element*>(a.v) + tile.sequence * a.v_strides[0] +
-                       tile.kv_head * a.v_strides[1] + (start + first) * a.v_strides[2];
+    if (!is_own) {
+        for (int64_t i = first; i < last; ++i) {
+            widen_row<S>(keys.value(i), a.kv_dtype, panel + (i - first) * a.head_dim, a.head_dim);
+        }
+    }
+    const Element* v = is_own ? static_cast<const Element*>(keys.value(first)) : panel;
     for_even_stretches(tile.n_rows, ValueRows, [&](int64_t r, int64_t n) {
-        weigh_values_of<S, Element, ValueRows>(n, v, a.v_strides[2], a.head_dim, scores + r * attention_section + first,
-                                               last - first, to.values + r * attention_max_dim);
+        weigh_values_of<S, Element, ValueRows>(n, v, is_own ? a.v_strides[2] : a.head_dim, a.head_dim,
+                                               scores + r * attention_section + first, last - first,
+                                               to.values + r * attention_max_dim);
     });
 }
 

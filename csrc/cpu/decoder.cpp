@@ -1,5 +1,7 @@
 // A decoder-only model from tokens to logits in one call: the operations of its layers, one after another.
 #include <algorithm>
+#include <cfloat>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <vector>
@@ -83,6 +85,11 @@ private:
             if (a_.offset + a_.n_new > a_.rotaries[i].n_positions) throw std::out_of_range("a table is too short");
         }
         for (int64_t i = 0; i < m_.n_layers; ++i) {
+            const llmctl_kv_cache& cache = a_.caches[i];
+            const bool has_scales = cache.key_scales && cache.value_scales;
+            if (cache.dtype != m_.dtype && cache.dtype != LLMCTL_BF16 && !(cache.dtype == LLMCTL_I8 && has_scales)) {
+                throw std::invalid_argument("a cache of a type that does not go with the model's");
+            }
             if (m_.layers[i].rotary >= a_.n_rotaries) throw std::out_of_range("a layer's table is not there");
         }
     }
@@ -156,31 +163,62 @@ private:
         run_norm(m_.dtype, norm, x, width, x, n_ * rows, width);
     }
 
-    // Turns the queries of token i where they are, and its keys on their way into the cache.
+    // Turns the queries and keys of token i, and writes the keys and values into the cache.
     void place(const Layer& l, const llmctl_kv_cache& cache, int64_t i) {
-        const int64_t sequence = i / a_.n_new, bytes = l.head_dim * size_;
-        const int64_t at = sequence * cache.strides[0] + (a_.offset + i % a_.n_new) * cache.strides[2];
+        const int64_t sequence = i / a_.n_new, token = a_.offset + i % a_.n_new, bytes = l.head_dim * size_;
         for (int64_t head = 0; head < l.kv_heads; ++head) {
-            const int64_t from = (i * l.kv_heads + head) * bytes, to = (at + head * cache.strides[1]) * size_;
-            std::memcpy(static_cast<char*>(cache.values) + to, v_ + from, bytes);
-            turn(l, i, k_ + from, static_cast<char*>(cache.keys) + to);
+            const int64_t from = (i * l.kv_heads + head) * bytes;
+            const int64_t at = sequence * cache.strides[0] + head * cache.strides[1] + token * cache.strides[2];
+            const int64_t scale = sequence * cache.scale_strides[0] + head * cache.scale_strides[1] + token;
+            turn(l, i, k_ + from);
+            keep(cache, k_ + from, l.head_dim, cache.keys, at, cache.key_scales + scale);
+            keep(cache, v_ + from, l.head_dim, cache.values, at, cache.value_scales + scale);
         }
         for (int64_t head = 0; head < l.heads && l.rotary >= 0; ++head) {
             char* q = q_ + (i * l.heads + head) * bytes;
-            turn(l, i, q, q);
+            turn(l, i, q);
         }
     }
 
-    void turn(const Layer& l, int64_t i, const char* from, char* to) const {
-        if (l.rotary < 0) {
-            std::memcpy(to, from, l.head_dim * size_);
-            return;
+    // n elements to place `at` of a cache, in its type.
+    void keep(const llmctl_kv_cache& cache, const char* from, int64_t n, void* to, int64_t at, float* scale) const {
+        if (cache.dtype == m_.dtype) {
+            std::memcpy(static_cast<char*>(to) + at * size_, from, n * size_);
+        } else if (cache.dtype == LLMCTL_BF16) {
+            const auto* x = reinterpret_cast<const float*>(from);
+            for (int64_t i = 0; i < n; ++i) store(static_cast<Bf16*>(to)[at + i], x[i]);
+        } else if (m_.dtype == LLMCTL_F32) {
+            *scale = encode(reinterpret_cast<const float*>(from), n, static_cast<uint8_t*>(to) + at);
+        } else {
+            *scale = encode(reinterpret_cast<const Bf16*>(from), n, static_cast<uint8_t*>(to) + at);
         }
+    }
+
+    // Codes of the elements, the largest of which becomes 127 times the scale; NaN for the scale where one is not finite.
+    template <class Element>
+    static float encode(const Element* x, int64_t n, uint8_t* codes) {
+        float most = 0.0f;
+        bool is_finite = true;
+        for (int64_t i = 0; i < n; ++i) {
+            const float size = std::fabs(load(x[i]));
+            is_finite &= size <= FLT_MAX;
+            most = std::max(most, size);
+        }
+        const float scale = most / 127.0f;
+        const bool is_zero = !is_finite || scale < FLT_MIN;
+        for (int64_t i = 0; i < n; ++i) {
+            codes[i] = static_cast<uint8_t>(kv_zero + (is_zero ? 0 : std::lrint(load(x[i]) / scale)));
+        }
+        return is_finite ? (is_zero ? 0.0f : scale) : NAN;
+    }
+
+    void turn(const Layer& l, int64_t i, char* x) const {
+        if (l.rotary < 0) return;
         const llmctl_rotary& table = a_.rotaries[l.rotary];
         const int64_t at = position(i) * table.dims * size_;
         const RotateKernel kernel = m_.dtype == LLMCTL_F32 ? kernels().rotate_f32 : kernels().rotate_bf16;
-        kernel(from, static_cast<const char*>(table.cos) + at, static_cast<const char*>(table.sin) + at, to,
-               l.head_dim, table.dims);
+        kernel(x, static_cast<const char*>(table.cos) + at, static_cast<const char*>(table.sin) + at, x, l.head_dim,
+               table.dims);
     }
 
     AttentionArgs attention_of(const Layer& l, const llmctl_kv_cache& cache) {
@@ -194,6 +232,8 @@ private:
         }
         std::copy_n(cache.strides, 3, args.k_strides);
         std::copy_n(cache.strides, 3, args.v_strides);
+        args.k_scales = cache.key_scales, args.v_scales = cache.value_scales, args.kv_dtype = cache.dtype;
+        std::copy_n(cache.scale_strides, 2, args.scale_strides);
         args.origins = a_.starts, args.causal_offset = a_.offset;
         args.scale = l.scale, args.softcap = l.softcap;
         if (a_.starts || (l.window > 0 && args.keys > l.window)) {

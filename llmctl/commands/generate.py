@@ -56,6 +56,7 @@ def command(model, prompt, prompt_flag, settings, run):
 
     dtype = None if run.dtype == "auto" else run.dtype
     session = Session.open(path, dtype, run.device, run.adapter, run.force, run.provider)
+    session.keep_cache_in(run.kv_dtype)
     report = Report(settings.seed)
     if run.jsonl or run.num_samples > 1:
         _print_answers(session, rows, settings, run, report)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from llmctl.devices import choose_device
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune.assembly import Assembly
@@ -73,6 +75,17 @@ class Session:
         generation_config = read_generation_config(generation_config_directory)
         recommended = sampling_from(generation_config, has_source=model.config.encoder is not None)
         return cls(model, tokenizer, recommended, marks_of(model, tokenizer, generation_config))
+
+    def keep_cache_in(self, kv_dtype: str) -> None:
+        """Keys and values as int8 or as a floating type no wider than the weights'; "auto" is as these are."""
+        if kv_dtype == "auto":
+            return
+        if not isinstance(self.model, CausalLM):
+            raise CalledWrongly(
+                f"--kv-dtype {kv_dtype} is for decoder-only checkpoints; this is {self.model.config.family}",
+                hint="leave it out",
+            )
+        self.model.cache_dtype = getattr(torch, kv_dtype)
 
     @property
     def continues_prompts(self) -> bool:

@@ -273,6 +273,9 @@ class Run:
     )
     force: bool = _flag_of(False, "Use an adapter that was trained on another base.", show_default=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag_of("auto", "Weights and cache; auto is as stored.")
+    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = _flag_of(
+        "auto", "Keys and values of the text so far: int8 needs half of bfloat16's memory. auto is as the weights."
+    )
     device: str | None = _flag_of(None, "cpu, cuda, cuda:1.", show_default="a GPU where there is one", metavar="NAME")
     provider: str | None = _flag_of(
         None,

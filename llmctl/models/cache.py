@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Cache:
-    """One entry per layer, of the kind that the layer's mixer needs.
+    """One entry per layer, of the kind that the layer's mixer needs; `dtype` int8 keeps keys and values in bytes.
 
     Layers write at `length`; the stack alone advances it, once per forward. With left-padded rows, `starts_B` (int64) is the
     number of padding slots in front of each row: those are never attended to and positions count from behind them.
@@ -106,6 +107,8 @@ class Cache:
 class KeyValues:
     """Keys and values, preallocated: [B, G, capacity, K] twice."""
 
+    NAMES: tuple[str, ...] = ("keys", "values")
+
     def __init__(self, spec: Attention, batch_size: int, capacity: int, dtype: torch.dtype, device):
         shape = (batch_size, spec.n_kv_heads, capacity, spec.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -118,20 +121,62 @@ class KeyValues:
             raise ValueError(f"the cache holds {capacity} positions; {end} were asked of it")
         self.keys[:, :, at:end] = k_BGTK
         self.values[:, :, at:end] = v_BGTK
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys[:, :, :end].to(k_BGTK.dtype), self.values[:, :, :end].to(v_BGTK.dtype)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.NAMES)
 
     def grow(self, capacity: int) -> None:
-        more = (0, 0, 0, capacity - self.keys.shape[2])
-        self.keys, self.values = (torch.nn.functional.pad(each, more) for each in (self.keys, self.values))
+        more = capacity - self.keys.shape[2]
+        self._change(lambda tensor: torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 3) + (0, more)))
 
     def copy_from(self, other: KeyValues, end: int, counts: Sequence[int]) -> None:
         """Row b's entries up to `end` are the first `counts[b]` of the one row of `other`."""
-        for row, count in enumerate(counts):
-            self.keys[row, :, end - count : end] = other.keys[0, :, :count]
-            self.values[row, :, end - count : end] = other.values[0, :, :count]
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            for row, count in enumerate(counts):
+                mine[row, :, end - count : end] = theirs[0, :, :count]
 
     def select(self, rows: torch.Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self._change(lambda tensor: tensor[rows])
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for name in self.NAMES:
+            setattr(self, name, change(getattr(self, name)))
+
+
+class QuantizedKeyValues(KeyValues):
+    """The same in bytes, (byte - 128) * scale, with a scale [B, G, capacity] for each token and head: the largest of its
+    elements is 127 times that. One with NaN or infinity has the scale NaN."""
+
+    NAMES = (*KeyValues.NAMES, "key_scales", "value_scales")
+
+    def __init__(self, spec: Attention, batch_size: int, capacity: int, dtype: torch.dtype, device):
+        super().__init__(spec, batch_size, capacity, torch.uint8, device)
+        self.key_scales = torch.zeros(self.keys.shape[:3], device=device)
+        self.value_scales = torch.zeros_like(self.key_scales)
+
+    def append(self, at: int, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        end = at + k_BGTK.shape[2]
+        (new_keys, key_scales), (new_values, value_scales) = _encoded(k_BGTK), _encoded(v_BGTK)
+        keys, values = super().append(at, new_keys, new_values)
+        self.key_scales[:, :, at:end], self.value_scales[:, :, at:end] = key_scales, value_scales
+        keys, values = _decoded(keys, self.key_scales[:, :, :end]), _decoded(values, self.value_scales[:, :, :end])
+        return keys.to(k_BGTK.dtype), values.to(v_BGTK.dtype)
+
+
+def _encoded(x_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes like x, and scales [B, G, T]."""
+    x_BGTK = x_BGTK.float()
+    scales = x_BGTK.abs().amax(-1) / 127
+    is_usable = scales.isfinite() & (scales >= torch.finfo(torch.float32).tiny)
+    codes = (x_BGTK / scales[..., None]).round().masked_fill(~is_usable[..., None], 0.0)
+    scales = torch.where(is_usable, scales, torch.where(scales.isfinite(), 0.0, math.nan))
+    return (codes + 128).to(torch.uint8), scales
+
+
+def _decoded(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (codes.float() - 128) * scales[..., None]
 
 
 class State:
@@ -154,4 +199,5 @@ _ENTRIES = {Attention: KeyValues, Mamba: State, Mamba2: State, Recurrent: State}
 
 
 def _new_entry(spec, batch_size: int, capacity: int, dtype: torch.dtype, device) -> KeyValues | State:
-    return _ENTRIES[type(spec)](spec, batch_size, capacity, dtype, device)
+    kind = QuantizedKeyValues if dtype == torch.int8 and type(spec) is Attention else _ENTRIES[type(spec)]
+    return kind(spec, batch_size, capacity, dtype, device)

@@ -18,6 +18,10 @@ from llmctl.ops.sampling import Settings
 class CausalLM(LanguageModel):
     """Token ids to logits over what comes next."""
 
+    cache_dtype: torch.dtype | None = None
+    """Of the keys and values that `begin` makes room for: int8, or a floating type where that is narrower than the weights'
+    own, which None means."""
+
     def forward(
         self,
         input_ids_BT: torch.Tensor,
@@ -102,6 +106,8 @@ class CausalLM(LanguageModel):
         starts_B = torch.tensor(padding, device=weight.device) if any(padding) else None
         # The last token is never read back, so it needs no place.
         capacity = self.n_virtual + length + max_new_tokens - 1
-        cache = Cache(self.config, len(continued), capacity, weight.dtype, weight.device, starts_B)
+        dtype = weight.dtype if self.cache_dtype is None else self.cache_dtype
+        dtype = weight.dtype if dtype.itemsize >= weight.dtype.itemsize else dtype
+        cache = Cache(self.config, len(continued), capacity, dtype, weight.device, starts_B)
         cache.step = DecodeStep.of(self)
         return cache, inputs_BT.to(weight.device)

@@ -17,7 +17,7 @@ from llmctl.ops.dispatch import DTYPES, inference_library
 from llmctl.ops.sampling import Settings
 
 MAX_TOKENS = 4096
-"""Beyond so many at once the overhead of Python is nothing, and the step's memory is much."""
+"""Of a prompt so many at once; the step's memory grows with them."""
 
 
 class NotCovered(Exception):
@@ -56,7 +56,7 @@ class DecodeStep:
 
     def takes(self, ids_BT: torch.Tensor) -> bool:
         is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        return is_plain and ids_BT.device.type == "cpu" and ids_BT.numel() <= MAX_TOKENS
+        return is_plain and ids_BT.device.type == "cpu"
 
     def logits(self, ids_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         """[B, V] of what follows the ids, which continue what the cache holds, in front of a head's softcap."""
@@ -75,18 +75,18 @@ class DecodeStep:
         return tokens_B
 
     def _run(self, ids_BT: torch.Tensor, cache: Cache) -> None:
-        batch, n_new = ids_BT.shape
-        ids_BT = ids_BT.contiguous()
-        end = cache.length + n_new
+        end = cache.length + ids_BT.shape[1]
         if end > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} positions; {end} were asked of it")
         self._point_at(cache, end)
         starts_B = None if cache.starts_B is None else cache.starts_B.contiguous()
         args = self._args
-        args.tokens, args.starts = ids_BT.data_ptr(), ops.pointer(starts_B)
-        args.batch, args.n_new, args.offset, args.capacity = batch, n_new, cache.length, cache.capacity
-        ops.run(self._decoder, args)
-        cache.length = end
+        args.starts, args.batch, args.capacity = ops.pointer(starts_B), len(ids_BT), cache.capacity
+        for chunk_BT in ids_BT.split(max(1, MAX_TOKENS // len(ids_BT)), 1):
+            chunk_BT = chunk_BT.contiguous()
+            args.tokens, args.n_new, args.offset = chunk_BT.data_ptr(), chunk_BT.shape[1], cache.length
+            ops.run(self._decoder, args)
+            cache.length += chunk_BT.shape[1]
 
     def _point_at(self, cache: Cache, end: int) -> None:
         """The structures hold the addresses of this cache, and of tables up to this length."""
@@ -95,7 +95,7 @@ class DecodeStep:
         if cache.layers[0].keys is self._first_keys:
             return
         self._first_keys = cache.layers[0].keys
-        self._caches = (ops.KvCache * len(cache.layers))(*(ops.kv_cache(e.keys, e.values) for e in cache.layers))
+        self._caches = (ops.KvCache * len(cache.layers))(*(ops.kv_cache(*entry.tensors) for entry in cache.layers))
         self._args.caches = ops.address(self._caches)
 
     def _grow_tables(self, length: int) -> None:

@@ -34,6 +34,9 @@ class Args(ctypes.Structure):
         ("bias_strides", ctypes.c_int64 * 4),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("k_scales", "v_scales")),
+        ("scale_strides", ctypes.c_int64 * 2),
+        ("kv_dtype", ctypes.c_int32),
     ]
 
 
@@ -111,6 +114,7 @@ def arguments(q, k, v, out, first, end, origins, bias, causal_offset, scale, sof
         (0, 0, 0, 0) if bias is None else bias.stride(),
         scale,
         softcap,
+        kv_dtype=DTYPES[q.dtype],
     )
 
 

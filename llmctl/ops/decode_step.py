@@ -14,6 +14,9 @@ from llmctl.ops.dispatch import DTYPES, inference_library
 NORMS = {"rms": 1, "layer": 2}
 """LLMCTL_RMS_NORM and LLMCTL_LAYER_NORM of csrc/llmctl.h."""
 
+CACHE_DTYPES = {**DTYPES, torch.uint8: 3}
+"""LLMCTL_F32, LLMCTL_BF16 and LLMCTL_I8."""
+
 PTR, I64, I32, F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
 
@@ -67,7 +70,12 @@ class Rotary(ctypes.Structure):
 class KvCache(ctypes.Structure):
     """llmctl_kv_cache."""
 
-    _fields_ = [("keys", PTR), ("values", PTR), ("strides", I64 * 3)]
+    _fields_ = [
+        *((name, PTR) for name in ("keys", "values", "key_scales", "value_scales")),
+        ("strides", I64 * 3),
+        ("scale_strides", I64 * 2),
+        ("dtype", I32),
+    ]
 
 
 class Args(ctypes.Structure):
@@ -110,9 +118,20 @@ def address(array: ctypes.Array | ctypes.Structure) -> int:
     return ctypes.addressof(array)
 
 
-def kv_cache(keys_BGSK: torch.Tensor, values_BGSK: torch.Tensor) -> KvCache:
-    """Both of one shape and contiguous."""
-    return KvCache(keys_BGSK.data_ptr(), values_BGSK.data_ptr(), (I64 * 3)(*keys_BGSK.stride()[:3]))
+def kv_cache(
+    keys_BGSK: torch.Tensor,
+    values_BGSK: torch.Tensor,
+    key_scales_BGS: torch.Tensor | None = None,
+    value_scales_BGS: torch.Tensor | None = None,
+) -> KvCache:
+    """Each pair of one shape and contiguous; scales come with bytes."""
+    strides = (0, 0) if key_scales_BGS is None else key_scales_BGS.stride()[:2]
+    return KvCache(
+        *map(pointer, (keys_BGSK, values_BGSK, key_scales_BGS, value_scales_BGS)),
+        (I64 * 3)(*keys_BGSK.stride()[:3]),
+        (I64 * 2)(*strides),
+        CACHE_DTYPES[keys_BGSK.dtype],
+    )
 
 
 def run(decoder: Decoder, args: Args) -> None:

@@ -13,7 +13,7 @@ from llmctl.errors import CalledWrongly, UserError
 
 log = logging.getLogger("llmctl")
 
-ABI = 12
+ABI = 13
 CHOICES = ("auto", "cuda", "cpu", "reference")
 HINT = "install the package again with a C++ compiler at hand, or set LLMCTL_KERNELS=auto"
 
