@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FUZZ = ["linear", "attention", "activation", "norm", "quantized", "sampling"]
+FUZZ = ["ops_linear", "ops_attention", "ops_activation", "ops_norm", "ops_quantized", "ops_sampling", "decode_step"]
 # What torch imports its compiler for, and statistics: neither tells of memory.
 LEFT_OUT = "not contract and not frequencies and not 30011"
 RUN = """
@@ -43,7 +43,7 @@ def test_the_fuzz_is_clean_under_sanitizers(tmp_path):
     configure += [f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -g1"]
     for command in (configure, [cmake, "--build", tmp_path, "--parallel", "2"]):
         subprocess.run(command, check=True, capture_output=True)
-    tests = [str(ROOT / "tests" / f"test_ops_{name}.py") for name in FUZZ]
+    tests = [str(ROOT / "tests" / f"test_{name}.py") for name in FUZZ]
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", LEFT_OUT]
     environment = {**os.environ, "LD_PRELOAD": " ".join(runtimes), "ASAN_OPTIONS": "detect_leaks=0"}
     result = subprocess.run(
