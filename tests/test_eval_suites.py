@@ -14,8 +14,10 @@ from eval_reference import evaluate, hugging_face, write_task
 from llmctl.classify import TextClassifier
 from llmctl.data.corpus import Corpus
 from llmctl.errors import UserError
-from llmctl.evaluate import answers, harness, memorization, report, safety, task
+from llmctl.evaluate import answers, harness, memorization, report, rows, safety, task
 from llmctl.evaluate.classifier_judge import ClassifierJudge
+from llmctl.evaluate.judge import LanguageModelJudge
+from llmctl.evaluate.judging import judged_text
 from llmctl.evaluate.prompts import Prompter, Style
 from llmctl.evaluate.results import ResultsFile
 from llmctl.evaluate.rows import DataRow
@@ -237,6 +239,44 @@ def test_a_language_model_prefers_what_it_finds_likelier(checkpoint, tmp_path):
     expected = [logprob for logprob, _ in harness.likelihoods(evaluation.judge, pairs)]
     assert [value for each in done.records for value in (each["chosen"], each["rejected"])] == pytest.approx(expected)
     assert {number.metric for number in done.numbers} == {"acc", "acc_norm", "margin"}
+
+
+def test_what_a_model_writes_is_rated(checkpoint, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"q": "one"}\n{"q": "two"}\n')
+    content = {"kind": "reward", "prompt": "{{ q }}", "data": "rows.jsonl", "max_new_tokens": 3}
+    (tmp_path / "asked.yaml").write_text(json.dumps(content))
+    evaluation, asked = Evaluation(checkpoint, EvalSettings()), task.load(tmp_path / "asked.yaml")
+    rated = []
+    judge = LanguageModelJudge(evaluation.session, rate=lambda prompt, text: rated.append((prompt, text)) or len(rated))
+    items = list(Prompter(asked, Style(), None).items(rows.read(asked.data, asked.form)))
+    records = list(judge.run(asked, items))
+    assert sorted(prompt for prompt, _ in rated) == ["one", "two"]
+    assert [(each["completion"], each["scores"]["reward"]) for each in records] == [
+        (text, number) for number, (_, text) in enumerate(rated, 1)
+    ]
+    with pytest.raises(UserError, match="needs a reward model"):
+        evaluation.run(asked, ResultsFile(None), print, lambda done, note: None)
+
+
+def test_a_language_model_measures_by_likelihood(checkpoint, tmp_path):
+    texts = ["a cat", "the cat sat", "zzz"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"t": t, "v": i}) + "\n" for i, t in enumerate(texts)))
+    content = {"kind": "regression", "prompt": "{{ t }}", "answer": "{{ v }}", "data": "rows.jsonl"}
+    (tmp_path / "fit.yaml").write_text(json.dumps(content))
+    evaluation = Evaluation(checkpoint, EvalSettings())
+    done = evaluation.run(task.load(tmp_path / "fit.yaml"), ResultsFile(None), print, lambda done, note: None)
+    expected = [harness.rolling(evaluation.judge, text) for text in texts]
+    assert [record["predicted"] for record in done.records] == pytest.approx(expected, abs=1e-5)
+    assert {number.metric for number in done.numbers} == {"spearman", "rmse"}
+
+
+def test_a_function_is_run_against_its_tests():
+    problem = {"prompt": "def double(x):\n", "test": "def check(f):\n    assert f(2) == 4", "entry_point": "double"}
+    item = next(Prompter(task.find("humaneval"), Style(), None).items([DataRow(0, "rows:1", problem)]))
+    scores = [
+        judged_text(task.find("humaneval"), item, body)["scores"] for body in ("    return 2 * x\n", "    return x\n")
+    ]
+    assert scores == [{"pass@1": 1.0}, {"pass@1": 0.0}]
 
 
 @pytest.mark.slow

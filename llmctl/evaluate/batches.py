@@ -20,19 +20,27 @@ class Batch:
     shared: Sequence[int] = field(default=())
 
 
-def plan(texts: Sequence[Sequence[int]], batch_size: int, can_share: bool) -> Iterator[Batch]:
+def plan(
+    texts: Sequence[Sequence[int]], batch_size: int, can_share: bool, lengths: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """All texts, each in one batch of at most `batch_size`; longest first: if memory is short, it shows at once.
 
-    What is shared does not depend on `batch_size`.
+    `lengths` are those with what follows each text, where that is known. What is shared does not depend on `batch_size`.
     """
+    lengths = [len(text) for text in texts] if lengths is None else lengths
     groups = _groups(texts) if can_share else []
     alone = set(range(len(texts))) - {number for numbers, _ in groups for number in numbers}
     for numbers, shared in [*groups, (list(alone), ())]:
-        ordered = sorted(numbers, key=lambda number: (-len(texts[number]), number))
+        ordered = sorted(numbers, key=lambda number: (-len(texts[number]), -lengths[number], number))
         while ordered:
-            count = max(1, min(batch_size, MAX_TOKENS // max(1, len(texts[ordered[0]]))))
+            count = affordable(max(lengths[number] for number in ordered[:batch_size]), batch_size)
             yield Batch(ordered[:count], shared)
             ordered = ordered[count:]
+
+
+def affordable(length: int, batch_size: int) -> int:
+    """How many texts of this length run together."""
+    return max(1, min(batch_size, MAX_TOKENS // max(1, length)))
 
 
 def _groups(texts: Sequence[Sequence[int]]) -> list[tuple[list[int], Sequence[int]]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmctl.evaluate.batches import Batch, plan
+from llmctl.evaluate.batches import Batch, affordable, plan
 from llmctl.evaluate.shared_prefix import SharedPrefix
 from llmctl.models.cache import Cache
 from llmctl.models.causal_lm import CausalLM
@@ -54,7 +54,9 @@ class LikelihoodScorer:
             for number, fork in enumerate(forks):
                 yield number, [self._run_whole(fork.context, ids) for ids in fork.continuations]
             return
-        for batch in plan([fork.context for fork in forks], self.batch_size, self._shared.is_possible):
+        contexts = [fork.context for fork in forks]
+        lengths = [len(fork.context) + max(map(len, fork.continuations)) for fork in forks]
+        for batch in plan(contexts, self.batch_size, self._shared.is_possible, lengths):
             yield from zip(batch.numbers, self._run(batch, [forks[number] for number in batch.numbers]), strict=True)
 
     @torch.inference_mode()
@@ -76,8 +78,9 @@ class LikelihoodScorer:
         logprobs, hits = _logprobs(logits_BV)[rows, firsts].cpu(), (logits_BV.argmax(1)[rows] == firsts).cpu()
         sums, greedy = logprobs.double().tolist(), hits.tolist()
         longer = sorted((i for i, (_, ids) in enumerate(pairs) if len(ids) > 1), key=lambda i: -len(pairs[i][1]))
-        for at in range(0, len(longer), self.batch_size):
-            chosen = longer[at : at + self.batch_size]
+        while longer:
+            count = affordable(len(pairs[longer[0]][1]), self.batch_size)
+            chosen, longer = longer[:count], longer[count:]
             rest = self._rate_rest(cache, [pairs[i] for i in chosen])
             for i, (logprob, is_greedy) in zip(chosen, rest, strict=True):
                 sums[i] += logprob
