@@ -195,6 +195,11 @@ def _open_shards(index: Path) -> dict[str, Entry]:
 
 
 def _no_tensors(directory: Path, expected: str) -> UserError:
+    if any(directory.glob("*.onnx")):
+        return UserError(
+            f"{directory}: has no {expected}, but an exported model, which is for running only",
+            hint="give the checkpoint that it was made of (its llmctl.json says which)",
+        )
     for file in sorted(directory.iterdir()):
         if file.suffix in PICKLE_SUFFIXES:
             return _is_pickle(file)

@@ -15,13 +15,17 @@ import test_decoder_families as decoders  # noqa: E402
 import test_encoder_families as encoders  # noqa: E402
 import test_seq2seq_families as translators  # noqa: E402
 
+from llmctl.chat.reuse import RememberingModel  # noqa: E402
 from llmctl.embedding.embedder import pool  # noqa: E402
 from llmctl.errors import CalledWrongly, CheckFailed, UserError  # noqa: E402
+from llmctl.evaluate.likelihood import Fork, LikelihoodScorer  # noqa: E402
 from llmctl.export.onnx import linear, quantization  # noqa: E402
 from llmctl.export.onnx.export import export  # noqa: E402
 from llmctl.export.onnx.settings import OnnxSettings  # noqa: E402
+from llmctl.generation.complete import prepare  # noqa: E402
+from llmctl.generation.decode import decode  # noqa: E402
 from llmctl.generation.session import Session  # noqa: E402
-from llmctl.generation.settings import Sampling  # noqa: E402
+from llmctl.generation.settings import Sampling, resolve  # noqa: E402
 from llmctl.models.initialization import new_model  # noqa: E402
 from llmctl.models.loading import load_model, read_config, save_model  # noqa: E402
 from llmctl.models.shapes import for_parameters  # noqa: E402
@@ -279,3 +283,23 @@ def test_classifiers(tmp_path):
 
 def _ours(inputs: dict) -> dict:
     return {f"{name}_BT": tensor for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_chat_and_eval_of_an_exported_model(llama, fuse, tmp_path):
+    """Log-likelihoods of continuations, and turns that go on in a cache, as the checkpoint's own."""
+    exported(llama, fuse=fuse)
+    forks = [Fork([1, 2, 3, 4], [[5, 6, 7], [8]]), Fork([9], [[1, 2], [3, 4, 5, 6]])]
+    found = []
+    for path in (llama.directory, llama.path / "onnx"):
+        session = Session.open(path, device="cpu")
+        scores = dict(LikelihoodScorer(session.model, None).score(forks))
+        remembering, sampling = RememberingModel(session.model), resolve(Sampling(max_new_tokens=12, temperature=0.0))
+        texts = []
+        for prompt in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 9, 9], [1, 2, 7]):
+            completion = prepare(session.model, prompt, sampling)
+            list(decode(remembering, [completion]))
+            texts.append(completion.ids)
+        found.append(([each.logprob for number in (0, 1) for each in scores[number]], texts, remembering.n_reused))
+    assert found[0][1:] == found[1][1:] and found[1][2] > 0
+    torch.testing.assert_close(torch.tensor(found[0][0]), torch.tensor(found[1][0]), atol=1e-4, rtol=1e-4)

@@ -80,8 +80,9 @@ class Engine:
         adapters: Sequence[str] = (),
         force: bool = False,
         chat_template: str | None = None,
+        provider: str | None = None,
     ) -> Engine:
-        session = Session.open(path, None if dtype == "auto" else dtype, device, adapters, force)
+        session = Session.open(path, None if dtype == "auto" else dtype, device, adapters, force, provider)
         return cls(session, str(path), chat_template)
 
     @property

@@ -60,3 +60,9 @@ class ChatSettings:
     force: bool = flag(False, "Use an adapter that was trained on another base.", show_default=False)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "Weights and cache; auto is as stored.")
     device: str | None = flag(None, "cpu, cuda, cuda:1.", show_default="a GPU where there is one", metavar="NAME")
+    provider: str | None = flag(
+        None,
+        "Of onnxruntime, for a MODEL that export-onnx wrote: cpu, cuda, or its own name for one.",
+        show_default="what suits the device",
+        metavar="NAME",
+    )

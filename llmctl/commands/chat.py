@@ -48,7 +48,7 @@ def command(model, chat, sampling):
 
     from llmctl.chat.engine import Engine
 
-    engine = Engine.open(path, chat.dtype, chat.device, chat.adapter, chat.force, chat.chat_template)
+    engine = Engine.open(path, chat.dtype, chat.device, chat.adapter, chat.force, chat.chat_template, chat.provider)
     if sys.stdin.isatty() and sys.stdout.isatty():
         _at_terminal(engine, chat, sampling)
         return

@@ -27,6 +27,7 @@ from llmctl.evaluate.summary import Number, summarize
 from llmctl.evaluate.task import Task
 from llmctl.finetune.assembly import Assembly
 from llmctl.generation.session import Session
+from llmctl.models.config import parameter_count
 
 Progress = Callable[[int, str], None]
 
@@ -50,7 +51,7 @@ class Evaluation:
         self._assembly = Assembly.find(path, settings.adapter, settings.force)
         self._dtype = None if settings.dtype == "auto" else settings.dtype
         self.session: Session | None = None
-        model = self._assembly.load(self._dtype, choose_device(settings.device))
+        model = self._assembly.load(self._dtype, choose_device(settings.device), settings.provider)
         self.tokenizer = self._assembly.tokenizer()
         parts = model.parameters() if isinstance(model, torch.nn.Module) else ()
         self.n_parameters = sum(each.numel() for each in parts) or None

@@ -74,6 +74,12 @@ class EvalSettings:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", "To compute in; auto is as stored.")
     device: str | None = _setting(None, "cpu, cuda, cuda:1.", show_default="a GPU where there is one", metavar="NAME")
+    provider: str | None = _setting(
+        None,
+        "Of onnxruntime, for a MODEL that export-onnx wrote: cpu, cuda, or its own name for one.",
+        show_default="what suits the device",
+        metavar="NAME",
+    )
     resume: bool = _setting(False, "Go on with the --output of a run that was stopped.")
     overwrite: bool = _setting(False, "Replace an output that exists.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 
 from llmctl.run_onnx.graph_session import GraphSession
 
@@ -60,6 +61,10 @@ class Rows:
     def select(self, rows: torch.Tensor) -> None:
         self.lengths_B, self.starts_B = self.lengths_B[rows], self.starts_B[rows]
 
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` tokens of the only row."""
+        self.n_read, self.lengths_B = length, torch.tensor([length])
+
 
 class SharedBuffers:
     """Keys and values [B, G, capacity, K] that the graph reads and writes in place: what comes in goes out."""
@@ -83,6 +88,12 @@ class SharedBuffers:
     def select(self, rows: torch.Tensor) -> None:
         self.tensors = {name: tensor[rows] for name, tensor in self.tensors.items()}
 
+    def cut(self, length: int, capacity: int) -> None:
+        """Room for `capacity`; what lies behind `length` is written over when it comes."""
+        room = capacity - next(iter(self.tensors.values())).shape[2]
+        if room > 0:
+            self.tensors = {name: F.pad(tensor, (0, 0, 0, room)) for name, tensor in self.tensors.items()}
+
 
 class GrowingBuffers:
     """Keys and values [B, G, length, K] that the graph gives out longer by the new tokens, or states [B, D].
@@ -92,8 +103,8 @@ class GrowingBuffers:
 
     def __init__(self, graph: GraphSession, names: dict[str, str], batch_size: int, capacity: int):
         self.graph, self.names, self.batch_size, self.length = graph, names, batch_size, 0
-        self._memory = {name: [self._room(name, batch_size, capacity) for _ in range(2)] for name in names}
-        self._grown = 0
+        self.capacity, self._grown = capacity, 0
+        self._memory = {name: [self._room(name), self._room(name)] for name in names}
 
     def bind(self, binding, n_new: int) -> None:
         self._grown = self.length + n_new
@@ -103,18 +114,31 @@ class GrowingBuffers:
 
     def advance(self) -> None:
         self.length = self._grown
-        for pair in self._memory.values():
-            pair.reverse()
+        self._memory = {name: [new, old] for name, (old, new) in self._memory.items()}
 
     def select(self, rows: torch.Tensor) -> None:
-        for name, (old, _) in self._memory.items():
-            kept = self._view(name, old, self.length)[rows]
-            old[: kept.numel()] = kept.flatten()
+        kept = {name: self._view(name, old, self.length)[rows] for name, (old, _) in self._memory.items()}
         self.batch_size = len(rows)
+        self._take(kept)
 
-    def _room(self, name: str, batch_size: int, capacity: int) -> torch.Tensor:
+    def cut(self, length: int, capacity: int) -> None:
+        """Keep `length` tokens, with room for `capacity`."""
+        kept = {name: self._view(name, old, self.length)[:, :, :length] for name, (old, _) in self._memory.items()}
+        self.length, self.capacity = length, max(capacity, self.capacity)
+        self._take(kept)
+
+    def _take(self, kept: dict[str, torch.Tensor]) -> None:
+        """In memory of its own: another cache may hold what was there."""
+        fresh = {}
+        for name, tensor in kept.items():
+            old, new = self._room(name), self._room(name)
+            old[: tensor.numel()] = tensor.flatten()
+            fresh[name] = [old, new]
+        self._memory = fresh
+
+    def _room(self, name: str) -> torch.Tensor:
         dtype, (_, *rest) = self.graph.inputs[name]
-        count = batch_size * rest[-1] * (rest[0] * capacity if len(rest) > 1 else 1)
+        count = self.batch_size * rest[-1] * (rest[0] * self.capacity if len(rest) > 1 else 1)
         return torch.zeros(count, dtype=dtype, device=self.graph.device)
 
     def _view(self, name: str, memory: torch.Tensor, length: int) -> torch.Tensor:

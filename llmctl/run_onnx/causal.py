@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ class OnnxCache:
 
     def __init__(self, model: OnnxCausalLM, texts: Sequence[Sequence[int]], capacity: int):
         self.rows = Rows(map(len, texts), model.pads_right)
-        self.capacity = capacity
+        self.capacity, self.can_be_cut = capacity, model.sees_past
         kind = SharedBuffers if model.shares_buffers else GrowingBuffers
         self.buffers = kind(model.graph, model.cached, len(texts), capacity)
         self.texts: list[list[int]] | None = None if model.switch_length is None else [[] for _ in texts]
@@ -30,6 +31,24 @@ class OnnxCache:
     @property
     def length(self) -> int:
         return self.rows.n_read
+
+    def branch(self, rows: torch.Tensor) -> OnnxCache:
+        """Another cache, of these rows; this one stays as it is."""
+        other = copy.copy(self)
+        other.rows, other.buffers = copy.copy(self.rows), copy.copy(self.buffers)
+        other.select(rows)
+        return other
+
+    def cut(self, length: int, capacity: int) -> bool:
+        """As `Cache.cut`, of one row: False, and unchanged, where that cannot be."""
+        is_one = len(self.rows.lengths_B) == 1 and not self.rows.starts_B.any()
+        if not is_one or not self.can_be_cut or not 0 < length <= self.length or self.texts is not None:
+            return False
+        self.rows = copy.copy(self.rows)
+        self.rows.cut(length)
+        self.buffers.cut(length, capacity)
+        self.capacity = max(capacity, self.capacity)
+        return True
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these rows of the batch, in this order."""
@@ -44,6 +63,8 @@ class OnnxCausalLM:
     """Token ids to logits over what comes next."""
 
     encoder, n_virtual = None, 0
+    shares_prefixes = False
+    """Whether a cache can begin with another one's tokens."""
 
     def __init__(self, graph: GraphSession, config: ModelConfig, pads_right: bool, shares_buffers: bool):
         self.graph, self.config = graph, config
@@ -75,16 +96,33 @@ class OnnxCausalLM:
         back_BT = ((torch.arange(length) - starts_B[:, None]) % length).to(logits_BTV.device)
         return logits_BTV.gather(1, back_BT.unsqueeze(2).expand_as(logits_BTV)) if starts_B.any() else logits_BTV
 
-    def hidden(self, *_args, **_more):
-        raise UserError("an exported decoder gives logits only", hint="embed with the checkpoint that it was made of")
+    def hidden(
+        self, input_ids_BT: torch.Tensor, _mask=None, *, cache: OnnxCache | None = None, **_more
+    ) -> torch.Tensor:
+        """The graph ends in logits [B, T, V], so they stand for what `logits` would be made of. Only with a cache: a vector
+        for a text is not to be had."""
+        if cache is None:
+            raise UserError(
+                "an exported decoder gives logits only", hint="embed with the checkpoint that it was made of"
+            )
+        input_ids_BT = input_ids_BT.cpu()
+        width = 1 if self.reads_one_by_one(cache, len(input_ids_BT)) else input_ids_BT.shape[1]
+        return torch.cat([self._run(piece_BT, cache) for piece_BT in input_ids_BT.split(width, dim=1)], 1)
+
+    @staticmethod
+    def logits(hidden_BTV: torch.Tensor) -> torch.Tensor:
+        return hidden_BTV
+
+    def reads_one_by_one(self, cache: OnnxCache, n_rows: int) -> bool:
+        """GroupQueryAttention continues several rows by one token at a time."""
+        return self.shares_buffers and cache.length > 0 and n_rows > 1
 
     def next_logits(self, input_ids_BT: torch.Tensor, cache: OnnxCache) -> torch.Tensor:
         """Logits [B, V] of what follows when these ids have continued what the cache holds."""
         input_ids_BT = input_ids_BT.cpu()
         if cache.texts is not None:
             input_ids_BT = self._to_read(input_ids_BT, cache)
-        # GroupQueryAttention continues several rows by one token at a time
-        if self.shares_buffers and cache.length and len(input_ids_BT) > 1:
+        if self.reads_one_by_one(cache, len(input_ids_BT)):
             for column in range(input_ids_BT.shape[1] - 1):
                 self._run(input_ids_BT[:, column : column + 1], cache)
             input_ids_BT = input_ids_BT[:, -1:]
@@ -110,7 +148,7 @@ class OnnxCausalLM:
         rows, graph = cache.rows, self.graph
         if rows.n_read + n_new > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} positions; {rows.n_read + n_new} were asked of it")
-        mask_BS = rows.mask_BS(n_new) if self._sees_past else rows.new_mask_BT(n_new)
+        mask_BS = rows.mask_BS(n_new) if self.sees_past else rows.new_mask_BT(n_new)
         given = {"input_ids": ids_BT, "attention_mask": mask_BS}
         if "position_ids" in graph.inputs:
             given["position_ids"] = rows.positions_BT(n_new)
@@ -127,7 +165,7 @@ class OnnxCausalLM:
         return logits_BTV
 
     @property
-    def _sees_past(self) -> bool:
+    def sees_past(self) -> bool:
         """Whether the mask is that of all tokens so far: a state needs no mask for what it has read."""
         return not any(name.startswith("past_states") for name in self.cached)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,12 @@ class OnnxSeq2SeqCache:
     def __init__(self, states_BSD: torch.Tensor, mask_BS: torch.Tensor):
         self.states_BSD, self.mask_BS, self.length = states_BSD, mask_BS, 0
         self.past: dict[str, torch.Tensor] = {}
+
+    def branch(self, rows: torch.Tensor) -> OnnxSeq2SeqCache:
+        """Another cache, of these rows; this one stays as it is."""
+        other = copy.copy(self)
+        other.select(rows)
+        return other
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep only these rows of the batch, in this order."""
@@ -53,7 +60,9 @@ class Decoders:
                 made[name] = graph.empty(name, *shape)
         graph.run(given, made)
         logits_BTV = made.pop("logits")
-        cache.past |= {name.replace("present", "past_key_values", 1): tensor for name, tensor in made.items()}
+        cache.past = cache.past | {
+            name.replace("present", "past_key_values", 1): tensor for name, tensor in made.items()
+        }
         cache.length = total
         return logits_BTV
 
@@ -61,7 +70,7 @@ class Decoders:
 class OnnxSeq2SeqLM:
     """A source and the ids written so far to logits over what comes next."""
 
-    n_virtual = 0
+    n_virtual, shares_prefixes = 0, False
     continued = Seq2SeqLM.continued
 
     def __init__(self, encoder: GraphSession, decoders: Decoders, config: ModelConfig):
@@ -92,6 +101,14 @@ class OnnxSeq2SeqLM:
         if recorded_hidden is not None:
             raise UserError("an exported encoder gives the last layer only", hint="leave --layer out")
         return Memory(self._cache(source_ids_BS, source_mask_BS).states_BSD, *padding_of(source_mask_BS))
+
+    def hidden(self, input_ids_BT: torch.Tensor, *, cache: OnnxSeq2SeqCache) -> torch.Tensor:
+        """The graphs end in logits [B, T, V], so they stand for what `logits` would be made of."""
+        return self.decoders.run(input_ids_BT, cache, self.config)
+
+    @staticmethod
+    def logits(hidden_BTV: torch.Tensor) -> torch.Tensor:
+        return hidden_BTV
 
     def next_logits(self, input_ids_BT: torch.Tensor, cache: OnnxSeq2SeqCache) -> torch.Tensor:
         """Logits [B, V] of what follows when these ids have continued what the cache holds."""

@@ -50,22 +50,23 @@ def prepare(arguments) -> None:
     ours, theirs = folder / f"llmctl-{precision}", folder / f"builder-{precision}"
     # random weights of 4 bits are far from those of 16: that is no matter here
     command = [sys.executable, "-m", "llmctl", "export-onnx", source, "-o", ours, "--fuse", *how, "--tolerance", "10"]
-    measured("llmctl", [*map(str, command), "--overwrite"], ours)
-    call = f"from onnxruntime_genai.models.builder import create_model as make; make('', {str(source)!r}, "
-    call += f"{str(theirs)!r}, {RIVALS[precision]!r}, 'cpu', {str(folder / 'cache')!r})"
-    measured("builder", [sys.executable, "-c", call], theirs)
+    if not ours.exists():
+        measured("llmctl", [*map(str, command), "--overwrite"], ours, source)
+    names = ["-i", source, "-o", theirs, "-p", RIVALS[precision], "-e", "cpu", "-c", folder / "cache"]
+    measured("builder", [sys.executable, "-m", "onnxruntime_genai.models.builder", *map(str, names)], theirs, source)
 
 
-def measured(name: str, command: list[str], output: Path) -> None:
+def measured(name: str, command: list[str], output: Path, source: Path) -> None:
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{name}: ended with {status}")
     size = sum(path.stat().st_size for path in output.iterdir() if "onnx" in path.name)
-    peak = usage.ru_maxrss * 1024
+    read, peak = (source / "model.safetensors").stat().st_size, usage.ru_maxrss * 1024
     print(
-        f"{name}: {time.perf_counter() - start:.0f} s, {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB ({peak / size:.2f} x)"
+        f"{name}: {time.perf_counter() - start:.0f} s, {size / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB "
+        f"({peak / size:.2f} x what it wrote, {peak / read:.2f} x what it read)"
     )
 
 
