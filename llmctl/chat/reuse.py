@@ -26,8 +26,9 @@ class RememberingModel:
         self.n_read = self.n_reused = 0
         self._cache: Cache | None = None
         self._ids: list[int] = []
-        # Caches of other kinds of model are their own business, and virtual tokens stand in front of a text.
-        self._can_keep = isinstance(model, CausalLM) and not model.n_virtual
+        # Caches of other kinds of model are their own business if they do not say more, and virtual tokens stand in front
+        # of a text.
+        self._can_keep = getattr(model, "cuts_caches", isinstance(model, CausalLM)) and not model.n_virtual
 
     def forget(self) -> None:
         self._cache, self._ids = None, []

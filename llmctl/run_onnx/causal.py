@@ -63,6 +63,7 @@ class OnnxCausalLM:
     """Token ids to logits over what comes next."""
 
     encoder, n_virtual = None, 0
+    cuts_caches = True
     shares_prefixes = False
     """Whether a cache can begin with another one's tokens."""
 
