@@ -91,8 +91,7 @@ def verify(directory: str | os.PathLike) -> list[str]:
 def weights_sha256(directory: str | os.PathLike) -> str:
     """The identity of a parent checkpoint: over the names and contents of its weight files."""
     total = hashlib.sha256()
-    suffixes = ("*.safetensors", "*.onnx", "*.onnx.data")
-    for path in sorted(path for pattern in suffixes for path in Path(directory).glob(pattern)):
+    for path in sorted(Path(directory).glob("*.safetensors")):
         total.update(f"{path.name} {file_sha256(path)}\n".encode())
     return total.hexdigest()
 

@@ -27,7 +27,6 @@ from llmctl.evaluate.summary import Number, summarize
 from llmctl.evaluate.task import Task
 from llmctl.finetune.assembly import Assembly
 from llmctl.generation.session import Session
-from llmctl.models.config import parameter_count
 
 Progress = Callable[[int, str], None]
 
