@@ -77,9 +77,10 @@ def compare_row(first_TV: torch.Tensor, second_TV: torch.Tensor, ids_T: torch.Te
     largest = (first_TV - second_TV).abs().max()
     same = (first_TV.argmax(-1) == second_TV.argmax(-1)).double().mean()
     first_TV, second_TV = first_TV.log_softmax(-1), second_TV.log_softmax(-1)
-    is_labels = len(first_TV) < len(ids_T)  # of a classifier, which predicts no tokens
+    # a classifier's labels and the hidden states of a base model predict no tokens
+    predicts = len(first_TV) == len(ids_T) and int(ids_T.max()) < first_TV.shape[-1]
     nats = (
-        first_TV.new_zeros(()) if is_labels else -logprobs_TV[:-1].gather(-1, ids_T[1:, None]).mean()
+        first_TV.new_zeros(()) if not predicts else -logprobs_TV[:-1].gather(-1, ids_T[1:, None]).mean()
         for logprobs_TV in (first_TV, second_TV)
     )
     return torch.stack([value.double() for value in (largest, _divergence(first_TV, second_TV), same, *nats)])

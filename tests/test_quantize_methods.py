@@ -90,9 +90,9 @@ def model_of(family: str, **changes) -> ModelConfig:
     return for_parameters(family, 150_000, 97, 64, {}, **changes)
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "t5", "bert"])
+@pytest.fixture(scope="module", params=["llama", "mamba", "t5", "bert"])
 def saved(request, tmp_path_factory):
-    model = new_model(for_parameters(request.param, 150_000, 97, 64, {}), 0)
+    model = new_model(for_parameters(request.param, 60_000, 97, 64, {}), 0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.05)
@@ -116,7 +116,9 @@ def test_layer_by_layer_is_the_model_itself(saved):
     def visit(layer):
         stages = layer.stages()
         names = [name for stage in stages for group in stage for name in group]
-        assert sorted(names) == sorted(layer.linears())
+        assert sorted(names) == sorted(
+            name for name in layer.linears() if "dt_proj" not in name
+        )  # read past the module
         moments.update(Hessians.of(layer, [group[0] for stage in stages for group in stage]))
 
     assert len(list(layerwise.run(visit))) == layerwise.n_layers
@@ -189,7 +191,7 @@ def test_awq_moves_scales_without_changing_the_model(saved, tmp_path, monkeypatc
     )
     found = quantize(saved, tmp_path / "out", settings(format="int8", method="awq", calibration="text"))
     assert found.agreement.kl_divergence < 1e-3
-    if saved.name != "bert":  # whose norms stand behind the residual sum
+    if saved.name in ("llama", "t5"):  # others have no such norms
         assert len(moved) >= 4
         changed = checkpoint.open_tensors(tmp_path / "out")
         plain = checkpoint.open_tensors(saved)

@@ -29,21 +29,14 @@ AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 LINEAR = "model.layers.0.mlp.down_proj"
 
 
-def set_bits(words: list[int], place: int, value: int, width: int) -> None:
-    """Put `width` bits at bit `place` of a row of 32-bit words, one bit after another."""
-    for i in range(width):
-        words[(place + i) // 32] |= ((value >> i) & 1) << ((place + i) % 32)
-
-
 def packed_rows(values: torch.Tensor, width: int) -> torch.Tensor:
-    """Each row's values bit after bit from the low end, as a plain loop says it."""
+    """Each row as one number whose digits of `width` bits are the values, the first one lowest, cut into words."""
     rows = []
     for row in values.tolist():
-        words = [0] * (-(-len(row) * width // 32))
-        for i, value in enumerate(row):
-            set_bits(words, i * width, value, width)
-        rows.append([word - (1 << 32) if word >> 31 else word for word in words])
-    return torch.tensor(rows, dtype=torch.int32)
+        number = sum(value << (i * width) for i, value in enumerate(row))
+        whole = number.to_bytes(-(-len(row) * width // 32) * 4, "little")
+        rows.append(torch.frombuffer(bytearray(whole), dtype=torch.int32))
+    return torch.stack(rows)
 
 
 def gptq_tensors(width: int, size: int, version: str, desc_act: bool, n_in: int, n_out: int):
@@ -80,7 +73,7 @@ def awq_tensors(size: int, n_in: int, n_out: int):
 
 def write(path, make, said: dict):
     """A Llama whose matrices are of `make(in, out)`; beside it the same unquantized."""
-    model = new_model(for_parameters("llama", 150_000, 96, 64, {}), 0)
+    model = new_model(for_parameters("llama", 20_000, 96, 64, {}), 0)
     (path / "plain").mkdir()
     (path / "packed").mkdir()
     save_model(model, path / "plain")

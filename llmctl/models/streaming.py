@@ -16,6 +16,8 @@ from torch import nn
 from llmctl.models import families, weights
 from llmctl.models.head import logits
 from llmctl.models.loading import new_empty, reset_buffers, stored_config, stored_tensors
+from llmctl.models.mamba import Mamba
+from llmctl.models.mamba2 import Mamba2
 from llmctl.quantize.stored import open_weights
 
 HEAD_ROWS = 4096
@@ -146,9 +148,15 @@ class StreamedModel:
             source = next(iter(sources.values()))
             module.forward = lambda ids_BT: self._embedded(source, ids_BT)
             return
-        outermost = self.model.get_submodule(re.sub(r"(\.base)+$", "", prefix))
+        outermost = self._state_space(prefix) or self.model.get_submodule(re.sub(r"(\.base)+$", "", prefix))
         outermost.register_forward_pre_hook(read)
         outermost.register_forward_hook(forget)
+
+    def _state_space(self, prefix: str) -> nn.Module | None:
+        """The mixer of a module whose weights it takes without asking the module."""
+        found = re.match(r"(.*layers\.\d+\.mixer)\.", prefix)
+        mixer = found and self.model.get_submodule(found.group(1))
+        return mixer if isinstance(mixer, (Mamba, Mamba2)) else None
 
     def read(self, name: str) -> torch.Tensor:
         """One parameter of ours."""
