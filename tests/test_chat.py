@@ -234,6 +234,18 @@ def test_an_answer_that_the_context_cuts_says_so(engine):
     assert talk.last.context == 257  # the last token is not read back
 
 
+def test_an_answer_that_never_came_leaves_no_question(engine, tmp_path):
+    talk = Talk(engine, Conversation(), GREEDY)
+    ask(talk, "one")
+    before = list(talk.conversation.messages)
+    next(talk.ask("two"))  # and then nobody wants the rest
+    assert talk.conversation.messages == before
+    talk.conversation.messages.append({"role": "assistant", "content": ""})
+    sessions.save(talk.conversation, tmp_path / "s.jsonl", "model", "")
+    again, _ = sessions.load(tmp_path / "s.jsonl", "")
+    assert again.messages[:2] == before and again.messages[-1]["content"] == ""
+
+
 def test_stopping_keeps_what_was_said(engine):
     talk = Talk(engine, Conversation(), GREEDY)
     events = talk.ask("hi")

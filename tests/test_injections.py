@@ -103,3 +103,25 @@ def test_what_a_tool_has_read_is_text_from_elsewhere(engines, tmp_path):  # noqa
     talk = talk_with(engines["hermes"], [*script, "done"], "files", None, tmp_path)
     first, second = called(talk.ask("read note.txt"))
     assert "secrets.txt" in first.result and "quotation" in second.result
+
+
+def test_a_kept_conversation_still_knows_what_came_from_elsewhere(engines, documents, tmp_path):  # noqa: F811
+    from llmctl.chat import sessions
+    from llmctl.chat.shortening import compact
+
+    injection = INJECTIONS[0]
+    engine = engines["hermes"]
+    talk, _ = obey(engine, "hermes", injection, documents)
+    sessions.save(talk.conversation, tmp_path / "s.jsonl", "model", "template")
+    call = [written("hermes", "read_file", {"path": "secrets.txt"}), "done"]
+    for shortens in (False, True):
+        again = talk_with(engine, call, "files", None, tmp_path / "files")
+        again.conversation, _ = sessions.load(tmp_path / "s.jsonl", "template")
+        if shortens:
+            engine.script = ("a summary",)
+            again.conversation.add("user", "and?")
+            again.conversation.add("assistant", "yes")
+            compact(again)
+        engine.script, engine.prompts = tuple(call), []
+        (happened,) = called(again.ask("go on"))
+        assert happened.result.startswith("error: ")

@@ -84,8 +84,10 @@ class Desk:
         yield from self.talk.ask(question, attached)
         self.save()
 
-    def answer_again(self) -> Iterator[Event]:
-        yield from self.talk.answer()
+    def answer_again(self, before: list[dict]) -> Iterator[Event]:
+        """Answer the last question; the messages are `before` again where that comes to nothing."""
+        with self.talk.kept_if_answered(before):
+            yield from self.talk.answer()
         self.save()
 
     def save(self) -> None:

@@ -77,9 +77,17 @@ def _row(line: bytes, name: str) -> tuple[list[dict], dict[str, Any]]:
     if not isinstance(row, dict) or "messages" not in row:
         raise UserError(f'{name}: expected an object with "messages"')
     try:
-        return from_openai(row["messages"]), row
+        return _messages(row["messages"]), row
     except UserError as error:
         raise UserError(f"{name}: {error.message}", error.hint) from error
+
+
+def _messages(value: Any) -> list[dict]:
+    """As for training, but a model may have answered nothing."""
+    turns = value if isinstance(value, list) else []
+    silent = {i for i, turn in enumerate(turns) if isinstance(turn, dict) and turn.get("content") == ""}
+    checked = from_openai([{**turn, "content": " "} if i in silent else turn for i, turn in enumerate(turns)])
+    return [{**message, "content": ""} if i in silent else message for i, message in enumerate(checked)]
 
 
 def _remarks(row: dict[str, Any], template: str, path: object) -> list[str]:

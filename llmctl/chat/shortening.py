@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llmctl.chat.engine import ContextFull
 from llmctl.chat.talk import Talk
+from llmctl.chat.tool_turns import texts_from_elsewhere
 from llmctl.errors import UserError
 
 _ASK = "Summarize the conversation above in a few sentences: facts, names, decisions and open questions."
@@ -39,11 +40,13 @@ def compact(talk: Talk) -> str:
     summary = pieces[-1][1].text.strip()
     note = f"Summary of the conversation so far: {summary}"
     rest = conversation.messages[at:]
-    conversation.messages = [{"role": "system", "content": f"{own}\n\n{note}" if own else note}, *rest]
+    # What a document wanted may have found its way into the summary.
+    mark = {"from_elsewhere": True} if texts_from_elsewhere(old) else {}
+    conversation.messages = [{"role": "system", "content": f"{own}\n\n{note}" if own else note, **mark}, *rest]
     try:
         engine.prompt.text(conversation.messages)
     except UserError:  # some templates take no system message
-        conversation.messages = [{**rest[0], "content": f"{note}\n\n{rest[0]['content']}"}, *rest[1:]]
+        conversation.messages = [{**rest[0], "content": f"{note}\n\n{rest[0]['content']}", **mark}, *rest[1:]]
     left_out = f"; the {n_left_out} oldest did not fit and are lost" if n_left_out else ""
     now = engine.count(conversation.messages)
     return f"{len(old)} messages became a summary: {before} tokens, now {now}{left_out}"

@@ -62,7 +62,6 @@ def slash_system(desk: Desk, view: View, words: str) -> None:
 def slash_reset(desk: Desk, view: View, words: str) -> None:
     """/reset  Forget all turns; the system message stays."""
     desk.conversation.reset()
-    desk.talk.from_elsewhere.clear()
     view.say("forgotten; the system message stays" if desk.conversation.system else "forgotten")
 
 
@@ -75,8 +74,9 @@ def slash_undo(desk: Desk, view: View, words: str) -> None:
 
 def slash_retry(desk: Desk, view: View, words: str) -> Iterator[Event]:
     """/retry  Answer the last question again, by another draw."""
+    before = list(desk.conversation.messages)
     desk.conversation.drop_answer()
-    return desk.answer_again()
+    return desk.answer_again(before)
 
 
 def slash_edit(desk: Desk, view: View, words: str) -> Iterator[Event] | None:
@@ -89,8 +89,9 @@ def slash_edit(desk: Desk, view: View, words: str) -> Iterator[Event] | None:
     if desk.talk.index is not None:  # other words find other passages
         desk.conversation.undo()
         return desk.ask(text)
+    before = list(desk.conversation.messages)
     desk.conversation.replace_question(text)
-    return desk.answer_again()
+    return desk.answer_again(before)
 
 
 def slash_branch(desk: Desk, view: View, words: str) -> None:
@@ -263,5 +264,5 @@ def _shown(message: dict) -> str:
 
 def _plain(messages: list[dict]) -> list[dict]:
     """Without what only this program keeps beside a message."""
-    own = ("question", "is_result")
+    own = ("question", "is_result", "from_elsewhere")
     return [{key: value for key, value in message.items() if key not in own} for message in messages]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llmctl.chat.choosing import Chooser
 from llmctl.chat.conversation import Conversation
 from llmctl.chat.engine import Answer, ContextFull, Engine
-from llmctl.chat.events import Called, Done, Event, Found, Piece, Remark
+from llmctl.chat.events import Done, Event, Found, Piece, Remark
 from llmctl.chat.prompt import defused, shortened
 from llmctl.chat.tool_turns import ToolLayer
 from llmctl.generation.settings import DEFAULTS, Sampling
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_ROUNDS = 8  # of calls and results for one question
 _INTERRUPTED = "interrupted"
+_NOTHING = "stopped before anything was said; the question is not kept"
 
 
 class Talk:
@@ -39,20 +41,24 @@ class Talk:
         self.engine, self.conversation, self.sampling, self.on_full = engine, conversation, sampling, on_full
         self.tools, self.index, self.n_passages, self.chooser = tools, index, n_passages, chooser
         self.should_stop = False
-        self.from_elsewhere: list[str] = []
         self.last: Answer | None = None
         self._n_answers = 0
 
     def ask(self, question: str, attached: Sequence[tuple[str, str]] = ()) -> Iterator[Event]:
         """Answer a question, with attached files as (name, text). Where it cannot be, it is not kept."""
         before = list(self.conversation.messages)
-        try:
+        with self.kept_if_answered(before):
             yield from self._add_question(question, attached)
             yield from self.answer()
-        except (Exception, KeyboardInterrupt):
+
+    @contextlib.contextmanager
+    def kept_if_answered(self, before: list[dict]) -> Iterator[None]:
+        """The messages are `before` again where what happens here ends without an answer."""
+        try:
+            yield
+        finally:
             if self.conversation.messages[-1:] and self.conversation.messages[-1]["role"] != "assistant":
                 self.conversation.messages = before
-            raise
 
     def answer(self) -> Iterator[Event]:
         """Answer the last message, calling tools as long as the model asks for them."""
@@ -71,8 +77,7 @@ class Talk:
                 return
             yield from self._call(answer.raw, said)
             yield from self._make_room()
-        yield Remark(f"the model called tools {MAX_ROUNDS} times without an answer; it was stopped")
-        yield Done(answer)
+        yield Remark(f"the model called tools {MAX_ROUNDS} times without an answer; the question is not kept")
 
     def next_sequence(self) -> int:
         self._n_answers += 1
@@ -107,9 +112,9 @@ class Talk:
         found = [(passage.source, shortened(passage.text, self.engine.tokenizer, limit)) for passage in passages]
         sources = [*attached, *found]
         sources = [(name, defused(text, self.engine.tokenizer)) for name, text in sources]
-        self.from_elsewhere += [text for _, text in sources]
         if sources:
-            self.conversation.add("user", question_with(question, sources), question=question)
+            content = question_with(question, sources)
+            self.conversation.add("user", content, question=question, from_elsewhere=True)
         else:
             self.conversation.add("user", question)
 
@@ -130,16 +135,15 @@ class Talk:
     def _call(self, raw: str, said: Said) -> Iterator[Event]:
         message = self.tools.message(raw, said)
         self.conversation.messages.append(message)
-        for happened, result in self.tools.results(message, said.calls, self.from_elsewhere):
+        for happened, result in self.tools.results(message, said.calls, self.conversation.messages):
             self.conversation.messages.append(result)
-            self.from_elsewhere += [happened.result] if _brings_text(happened, self.tools) else []
             yield happened
 
     def _chosen(self) -> Iterator[Event]:
         n, sequence = self.chooser.n, self.next_sequence()
         answers = self.engine.samples(self.messages(), self.sampling, n, lambda: self.should_stop, sequence)
         if not answers:
-            yield Remark("stopped; there is no answer")
+            yield Remark(_NOTHING)
             return
         chosen, words = self.chooser.choose(self.conversation.messages, answers)
         yield Remark(words)
@@ -148,12 +152,10 @@ class Talk:
 
     def _finished(self, answer: Answer) -> Iterator[Event]:
         self.last = answer
+        if not answer.text and answer.finish_reason == _INTERRUPTED:
+            yield Remark(_NOTHING)
+            return
         self.conversation.add("assistant", answer.text)
         if answer.is_cut_by_context:
             yield Remark("the answer stopped where the model's context ends; /compact makes room")
         yield Done(answer)
-
-
-def _brings_text(happened: Called, tools: ToolLayer) -> bool:
-    tool = tools.toolbox.tools.get(happened.call.name)
-    return happened.was_given and tool is not None and tool.reaches_out

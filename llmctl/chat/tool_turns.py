@@ -54,18 +54,21 @@ class ToolLayer:
         self._n_calls += len(said.calls)
         return message
 
-    def results(
-        self, message: dict, asked: Sequence[Call], from_elsewhere: Sequence[str]
-    ) -> Iterator[tuple[Called, dict]]:
-        """Each call with what came of it, and the message that tells the model."""
+    def results(self, message: dict, asked: Sequence[Call], messages: Sequence[dict]) -> Iterator[tuple[Called, dict]]:
+        """Each call with what came of it, and the message that tells the model; `messages` are what it has read so far."""
         for number, call in enumerate(asked):
-            happened = self._run(call, from_elsewhere)
+            happened = self._run(call, texts_from_elsewhere(messages))
             content = defused(happened.result if happened.was_given else REFUSED, self.tokenizer)
             if self.format.is_known:
                 call_id = message["tool_calls"][number]["id"]
-                yield happened, {"role": "tool", "name": call.name, "tool_call_id": call_id, "content": content}
+                told = {"role": "tool", "name": call.name, "tool_call_id": call_id, "content": content}
             else:
-                yield happened, {"role": "user", "content": calls.as_text(call, content), "is_result": True}
+                told = {"role": "user", "content": calls.as_text(call, content), "is_result": True}
+            yield happened, {**told, "from_elsewhere": self._brings_text(happened)}
+
+    def _brings_text(self, happened: Called) -> bool:
+        tool = self.toolbox.tools.get(happened.call.name)
+        return happened.was_given and tool is not None and tool.reaches_out
 
     def _run(self, call: Call, from_elsewhere: Sequence[str]) -> Called:
         tool = self.toolbox.tools.get(call.name)
@@ -79,6 +82,15 @@ class ToolLayer:
             return Called(call, REFUSED, False)
         result = shortened(self.toolbox.run(call), self.tokenizer, self.max_tokens)
         return Called(call, result, self.approve is None or self.approve(call, result, is_tainted))
+
+
+def texts_from_elsewhere(messages: Sequence[dict]) -> list[str]:
+    """What the user did not write, nor the model: it is marked in the messages themselves, which a session keeps.
+
+    Results of tools are such text unless they say otherwise. The question behind its sources is the user's own.
+    """
+    marked = [message for message in messages if message.get("from_elsewhere", message["role"] == "tool")]
+    return [message["content"].removesuffix(message.get("question", "")) for message in marked]
 
 
 def _tool_template(tokenizer: Tokenizer) -> str:
