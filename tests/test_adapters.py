@@ -210,3 +210,17 @@ def test_an_adapter_of_another_base_is_refused(base, tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wider")
     with pytest.raises(UserError, match="another base|is for a matrix"):
         adapter.load(load_model(tmp_path / "wider"), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"), [((), {"mixer", "ffn"}), (("ffn",), {"ffn"}), (("attention",), {"mixer"})]
+)
+def test_bottlenecks_stand_where_they_were_asked_for(base, said, expected):
+    from llmctl.finetune.planning import adapter_method
+    from llmctl.finetune.settings import FinetuneSettings
+
+    settings = FinetuneSettings(method="adapter", adapter_width=3, **({"adapter_places": said} if said else {}))
+    model = load_model(base[1], torch.float32)
+    adapter.attach(model, adapter_method(settings))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[2] for name in trained} == expected and len(trained) == 2 * 4 * len(expected)

@@ -135,7 +135,10 @@ def adapter_method(settings: FinetuneSettings) -> methods.Method | None:
     if settings.method == "ia3":
         return methods.Ia3(targets=settings.targets, inputs=()) if settings.targets else methods.Ia3()
     if settings.method == "adapter":
-        return methods.Bottleneck(width=settings.adapter_width, parallel=settings.adapter_parallel)
+        places = tuple({"attention": "mixer"}.get(place, place) for place in dict.fromkeys(settings.adapter_places))
+        return methods.Bottleneck(
+            settings.adapter_width, places or methods.Bottleneck.places, settings.adapter_parallel
+        )
     if settings.method in SOFT:
         return {"prompt": methods.SoftPrompt, "prefix": methods.Prefix}[settings.method](settings.virtual_tokens)
     return None
@@ -166,7 +169,7 @@ _OWN_FLAGS = {
         "modules_to_save",
     ),
     ("qlora",): ("quantize_base", "double_quantization"),
-    ("adapter",): ("adapter_width", "adapter_parallel"),
+    ("adapter",): ("adapter_width", "adapter_places", "adapter_parallel"),
     ("freeze",): ("train_layers", "train_modules"),
     SOFT: ("virtual_tokens",),
 }

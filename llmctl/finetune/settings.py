@@ -51,6 +51,9 @@ class MethodSettings:
     )
     double_quantization: bool = flag(True, "For nf4: its scales in 8 bits, too.", METHOD)
     adapter_width: int = flag(64, "Width of bottleneck adapters.", METHOD, at_least=1)
+    adapter_places: tuple[Literal["attention", "ffn"], ...] = flag(
+        ("attention", "ffn"), "Which branches of a block get one; may be repeated.", METHOD
+    )
     adapter_parallel: bool = flag(False, "Beside attention and ffn instead of behind them.", METHOD)
     virtual_tokens: int = flag(20, "How many of them, for prompt and prefix.", METHOD, at_least=1)
     train_layers: str | None = flag(
