@@ -34,7 +34,8 @@ FIXED_RATES = {"ia3": 3e-3, "prompt": 3e-2, "prefix": 3e-2}
 HEAD_RATE = 3e-3
 """At width 128, where nothing but a classifier's head learns."""
 LABEL_SHARE = 0.25
-"""Of the rate of `STEEP` methods under a fresh head: what tells texts apart is a small part of what the model says of them."""
+"""Of the rate of `STEEP` methods under the head of a classifier, where it falls with the width itself: what tells texts apart
+is a small part of what a model says of them."""
 COMPARISON_SHARE = 0.1
 """Of the rate: answers are compared in whole sequences, and steps as large as those of tokens undo what the model knows."""
 
@@ -95,9 +96,10 @@ def learning_rate(settings: FinetuneSettings, objective: str, d_model: int) -> f
     method = settings.method
     if method == "freeze" and not (settings.train_layers or settings.train_modules):
         return HEAD_RATE * 128 / d_model * (COMPARISON_SHARE if objective in RULES else 1.0)
-    narrowness = (128 / d_model) ** (1.5 if method in STEEP else 1.0)
+    is_steep = method in STEEP and objective not in HEADED
+    narrowness = (128 / d_model) ** (1.5 if is_steep else 1.0)
     rate = FIXED_RATES[method] if method in FIXED_RATES else RATES[method] * narrowness
-    if objective in HEADED and method in STEEP:
+    if method in STEEP and objective in HEADED:
         rate *= LABEL_SHARE
     return rate * (COMPARISON_SHARE if objective in RULES else 1.0)
 
