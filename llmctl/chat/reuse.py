@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -57,13 +58,11 @@ class RememberingModel:
 
     def next_tokens(
         self, input_ids_BT: torch.Tensor, cache: Cache, settings: Settings, position: int
-    ) -> torch.Tensor | None:
+    ) -> list[torch.Tensor] | None:
         draw = getattr(self.model, "next_tokens", lambda *_: None)
         return self._reading(input_ids_BT, cache, lambda: draw(input_ids_BT, cache, settings, position))
 
-    def _reading(
-        self, input_ids_BT: torch.Tensor, cache: Cache, read: Callable[[], torch.Tensor | None]
-    ) -> torch.Tensor | None:
+    def _reading(self, input_ids_BT: torch.Tensor, cache: Cache, read: Callable[[], Any]) -> Any:
         """What `read` gives; None says that it has read nothing."""
         is_own = cache is self._cache
         if is_own and len(input_ids_BT) > 1:  # a search has made several rows of it

@@ -18,6 +18,8 @@ from llmctl.ops.sampling import Settings
 class CausalLM(LanguageModel):
     """Token ids to logits over what comes next."""
 
+    draws_ahead = True
+    """Whether `next_tokens` may be asked for several steps at once."""
     cache_dtype: torch.dtype | None = None
     """Of the keys and values that `begin` makes room for: int8, or a floating type where that is narrower than the weights'
     own, which None means."""
@@ -80,13 +82,13 @@ class CausalLM(LanguageModel):
         return self.logits(self.hidden(input_ids_BT, cache=cache)[:, -1])
 
     def next_tokens(
-        self, input_ids_BT: torch.Tensor, cache: Cache, settings: Settings, position: int
-    ) -> torch.Tensor | None:
-        """The tokens [B] that follow, -1 where logits are NaN, drawn as the settings say at this position of the text; None,
-        and nothing is read, where that takes the logits."""
+        self, input_ids_BT: torch.Tensor, cache: Cache, settings: Settings, position: int, n_steps: int = 1
+    ) -> list[torch.Tensor] | None:
+        """The tokens [B] that follow, and those of further steps (see `DecodeStep.draw`), drawn as the settings say from
+        this position of the text on; None, and nothing is read, where that takes the logits."""
         if cache.step is None or not cache.step.takes(input_ids_BT) or self.config.head.softcap is not None:
             return None
-        return cache.step.draw(input_ids_BT, cache, settings, position)
+        return cache.step.draw(input_ids_BT, cache, settings, position, n_steps)
 
     def continued(self, prompt_ids: Sequence[int], start_id: int | None) -> Sequence[int]:
         """What the new tokens follow when a text is made of a prompt: here the prompt itself."""

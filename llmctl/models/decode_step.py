@@ -37,6 +37,7 @@ class DecodeStep:
         self._decoder = self._described()
         self._rotaries = (ops.Rotary * len(model.rotaries))()
         self._args = ops.Args(n_rotaries=len(self._rotaries))
+        self._call = ops.bound(self._decoder, self._args)
         self._tables: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._caches = self._first_keys = None
 
@@ -56,37 +57,52 @@ class DecodeStep:
 
     def takes(self, ids_BT: torch.Tensor) -> bool:
         is_plain = not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
-        return is_plain and ids_BT.device.type == "cpu"
+        return is_plain and ids_BT.is_cpu
 
     def logits(self, ids_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         """[B, V] of what follows the ids, which continue what the cache holds, in front of a head's softcap."""
-        logits_BV = torch.empty(len(ids_BT), self._decoder.head.n_out, dtype=self._dtype)
+        logits_BV = torch.empty(ids_BT.shape[0], self._decoder.head.n_out, dtype=self._dtype)
         self._args.logits, self._args.sampling = logits_BV.data_ptr(), None
         self._run(ids_BT, cache)
         return logits_BV
 
-    def draw(self, ids_BT: torch.Tensor, cache: Cache, settings: Settings, position: int) -> torch.Tensor:
-        """The tokens [B] that follow, -1 where logits are NaN."""
-        tokens_B = torch.empty(len(ids_BT), dtype=torch.int64)
-        settings.args.position = position
-        self._args.logits, self._args.drawn = None, tokens_B.data_ptr()
-        self._args.sampling = ops.address(settings.args)
+    def draw(
+        self, ids_BT: torch.Tensor, cache: Cache, settings: Settings, position: int, n_steps: int = 1
+    ) -> list[torch.Tensor]:
+        """The tokens [B] that follow, -1 where logits are NaN; and, of so many steps, those that follow on them, as long as
+        there are numbers. With more than one step the settings have neither penalties nor a report."""
+        batch = ids_BT.shape[0]
+        tokens_NB = torch.empty(n_steps, batch, dtype=torch.int64)
+        at, values = tokens_NB.data_ptr(), tokens_NB.numpy()
+        self._args.logits, self._args.sampling = None, ops.address(settings.args)
+        settings.args.position, self._args.drawn = position, at
         self._run(ids_BT, cache)
-        return tokens_B
+        for step in range(1, n_steps):
+            if values[step - 1].min() < 0:
+                return list(tokens_NB[:step])
+            self._point_at(cache, cache.length + 1)
+            args = self._args
+            args.tokens, args.n_new, args.offset = at + 8 * batch * (step - 1), 1, cache.length
+            args.drawn, settings.args.position = at + 8 * batch * step, position + step
+            self._call()
+            cache.length += 1
+        return list(tokens_NB)
 
     def _run(self, ids_BT: torch.Tensor, cache: Cache) -> None:
-        end = cache.length + ids_BT.shape[1]
+        batch, n_new = ids_BT.shape
+        end = cache.length + n_new
         if end > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} positions; {end} were asked of it")
         self._point_at(cache, end)
-        starts_B = None if cache.starts_B is None else cache.starts_B.contiguous()
-        args = self._args
-        args.starts, args.batch, args.capacity = ops.pointer(starts_B), len(ids_BT), cache.capacity
-        for chunk_BT in ids_BT.split(max(1, MAX_TOKENS // len(ids_BT)), 1):
+        args, starts_B = self._args, cache.starts_B
+        starts_B = None if starts_B is None else starts_B.contiguous()
+        args.starts, args.batch, args.capacity = ops.pointer(starts_B), batch, cache.capacity
+        at_once = max(1, MAX_TOKENS // batch)
+        for chunk_BT in [ids_BT] if n_new <= at_once else ids_BT.split(at_once, 1):
             chunk_BT = chunk_BT.contiguous()
             args.tokens, args.n_new, args.offset = chunk_BT.data_ptr(), chunk_BT.shape[1], cache.length
-            ops.run(self._decoder, args)
-            cache.length += chunk_BT.shape[1]
+            self._call()
+            cache.length += args.n_new
 
     def _point_at(self, cache: Cache, end: int) -> None:
         """The structures hold the addresses of this cache, and of tables up to this length."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 
@@ -134,6 +135,18 @@ def kv_cache(
     )
 
 
-def run(decoder: Decoder, args: Args) -> None:
-    """Raises RuntimeError for tokens, positions or places in a cache that are not there."""
-    native.call(inference_library(), "llmctl_decode", ctypes.byref(decoder), ctypes.byref(args))
+def bound(decoder: Decoder, args: Args) -> Callable[[], None]:
+    """A call with these structures as they then are, both of which must stay alive; all that can be looked up once is.
+
+    It raises RuntimeError for tokens, positions or places in a cache that are not there.
+    """
+    library = inference_library()
+    decode, set_threads = library.llmctl_decode, library.llmctl_set_threads
+    pointers = ctypes.byref(decoder), ctypes.byref(args)
+
+    def run() -> None:
+        set_threads(torch.get_num_threads())
+        if decode(*pointers):
+            raise native.failure(library, "llmctl_decode")
+
+    return run

@@ -130,8 +130,13 @@ def has_fast_kernels() -> bool:
 def call(native: ctypes.CDLL, name: str, *arguments: object) -> None:
     """Call a function that returns an error code; raises MemoryError or RuntimeError with the library's message."""
     if getattr(native, name)(*arguments):
-        message = native.llmctl_last_error().decode(errors="replace")
-        raise (MemoryError if message == "out of memory" else RuntimeError)(f"{name}: {message}")
+        raise failure(native, name)
+
+
+def failure(native: ctypes.CDLL, name: str) -> Exception:
+    """What to raise where the function has just returned an error code."""
+    message = native.llmctl_last_error().decode(errors="replace")
+    return (MemoryError if message == "out of memory" else RuntimeError)(f"{name}: {message}")
 
 
 def cpu_features() -> list[str]:

@@ -73,6 +73,11 @@ class Settings:
         self.args.logprobs, self.args.n_top = self.logprobs_B.data_ptr(), n_top
         self.args.top_tokens, self.args.top_logprobs = self.top_ids_BN.data_ptr(), self.top_logprobs_BN.data_ptr()
 
+    @property
+    def needs_every_step(self) -> bool:
+        """Whether something changes between the steps, or is asked for after each."""
+        return bool(self.args.seen or self.args.counts or self.args.logprobs)
+
     def _kept_of(self, values: torch.Tensor, dtype: torch.dtype = torch.float32) -> int:
         _check(values, dtype, (self.n_rows, *values.shape[1:]))
         if not values.is_contiguous():
