@@ -133,9 +133,10 @@ class Evaluation:
         if not paths:
             raise CalledWrongly("perplexity of which texts?", hint="llmctl eval MODEL FILES…, or - for standard input")
         size = perplexity.sizes(self.judge.room, self.settings.window, self.settings.stride)
-        # What texts hold is known when they have been read; until then their names must do.
-        names = hashlib.sha256("\n".join(paths).encode()).hexdigest()
-        return perplexity.items(perplexity.documents(paths, self.judge.encoder), *size), names
+        # A pipe and a directory of shards go by their names.
+        parts = [lineage.file_sha256(path) if os.path.isfile(path) else path for path in paths]
+        identity = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return perplexity.items(perplexity.documents(paths, self.judge.encoder), *size), identity
 
     def _rater(self) -> Callable[[str, str], float] | None:
         if self.settings.reward is None:
