@@ -49,7 +49,7 @@ class Terminal:
         self.wait_for_quiet(0.05)
         self.type("\r")
 
-    def expect(self, pattern: str, seconds: float = 20.0) -> re.Match:
+    def expect(self, pattern: str, seconds: float = 60.0) -> re.Match:
         """Wait until what came since the last line that was typed, or the last match, has the pattern."""
         deadline = time.monotonic() + seconds
         while True:
@@ -78,7 +78,7 @@ class Terminal:
         self.type("\x04")
         return self.end()
 
-    def end(self, seconds: float = 20.0) -> int:
+    def end(self, seconds: float = 60.0) -> int:
         """Wait for the end; gives the exit code."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < deadline:

@@ -138,6 +138,7 @@ def test_compare_is_blind_and_keeps_the_vote(chat, data, tmp_path):
     assert row["vote"] == "2" and sorted(row["models"])[1] == "other" and len(row["answers"]) == 2
 
 
+@pytest.mark.slow
 def test_attachments_logprobs_and_other_models(chat, data, tmp_path):
     (tmp_path / "note.txt").write_text("The cat is red.\n")
     terminal = chat("--temperature", 0)
@@ -170,6 +171,7 @@ def test_attachments_logprobs_and_other_models(chat, data, tmp_path):
     assert [message["content"] for message in messages[:2]] == ["be kind", "What then?"]
 
 
+@pytest.mark.slow
 def test_a_full_context_is_said_and_compacted(chat):
     terminal = chat("--temperature", 0, "--ignore-eos", length=100)
     for _ in range(5):
