@@ -189,6 +189,15 @@ def test_windows_predict_every_token_once_with_enough_before_it():
             assert len(fork.continuations[0]) == stride
 
 
+def test_each_part_of_a_text_has_its_own_bytes():
+    text = "Ein größerer Text, in Stücken. " * 40
+    document = perplexity.Document("text", [256, *text.encode()], len(text.encode()))
+    parts = list(perplexity.items(iter([document]), 10, 10, Tokenizer.bytes()))
+    sizes = [item.fields["_bytes"] for item in parts]
+    assert len(parts) > 2 and sum(sizes) == document.n_bytes
+    assert all(abs(size - 320) <= 8 for size in sizes[:-1])  # what cuts a character in two counts a little more
+
+
 @pytest.mark.parametrize("stride", [None, 16])
 def test_perplexity_is_that_of_transformers(checkpoint, stride, tmp_path, llmctl):
     transformers = pytest.importorskip("transformers")

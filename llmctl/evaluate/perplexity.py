@@ -18,6 +18,7 @@ from llmctl.evaluate.likelihood import Fork
 from llmctl.evaluate.prompts import Item
 from llmctl.evaluate.task import Task
 from llmctl.stream_source import MARKER
+from llmctl.tokenizer import Tokenizer
 
 TASK = Task(
     name="perplexity", kind="perplexity", prompt="{{ text }}", about="Nats per token and bits per byte of texts"
@@ -48,14 +49,18 @@ def windows(ids: Sequence[int], window: int, stride: int) -> Iterator[Fork]:
         predicted = end
 
 
-def items(documents: Iterator[Document], window: int, stride: int) -> Iterator[Item]:
-    """A document's windows, some at a time; its bytes count with the first ones."""
+def items(documents: Iterator[Document], window: int, stride: int, tokenizer: Tokenizer) -> Iterator[Item]:
+    """A document's windows, some at a time, each with the bytes of its own part; together they have the document's."""
     number = itertools.count()
     for document in documents:
-        n_bytes, forks = document.n_bytes, windows(document.ids, window, stride)
-        while part := list(itertools.islice(forks, _WINDOWS_PER_ITEM)):
+        left, forks = document.n_bytes, windows(document.ids, window, stride)
+        part = list(itertools.islice(forks, _WINDOWS_PER_ITEM))
+        while part:
+            following = list(itertools.islice(forks, _WINDOWS_PER_ITEM))
+            ids = [token for fork in part for token in fork.continuations[0]]
+            n_bytes = min(left, len(tokenizer.decode(ids).encode())) if following else left
             yield Item(next(number), document.name, [], fields={"_forks": part, "_bytes": n_bytes})
-            n_bytes = 0
+            left, part = left - n_bytes, following
 
 
 def sizes(room: int | None, window: int | None, stride: int | None) -> tuple[int, int]:

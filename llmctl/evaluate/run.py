@@ -136,7 +136,7 @@ class Evaluation:
         # A pipe and a directory of shards go by their names.
         parts = [lineage.file_sha256(path) if os.path.isfile(path) else path for path in paths]
         identity = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        return perplexity.items(perplexity.documents(paths, self.judge.encoder), *size), identity
+        return perplexity.items(perplexity.documents(paths, self.judge.encoder), *size, self.tokenizer), identity
 
     def _rater(self) -> Callable[[str, str], float] | None:
         if self.settings.reward is None:
