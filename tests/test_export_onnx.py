@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import tokenizers
 import torch
 
 onnx = pytest.importorskip("onnx")
@@ -46,8 +47,18 @@ def exported(reference, **settings):
     return open_model(out, "cpu")
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("name", [*decoders.FIRST, *MORE])
+def either_way(names, often):
+    """Each plain and fused; of what only repeats others, the slower tests have the one that is not told apart."""
+    for name in names:
+        for fuse in (False, True):
+            marks = () if name in often or fuse else (pytest.mark.slow,)
+            yield pytest.param(name, fuse, id=f"{name}-{'fused' if fuse else 'plain'}", marks=marks)
+
+
+OFTEN = ("llama", "gpt2", "gemma2", "mixtral", "phi3-longrope")
+
+
+@pytest.mark.parametrize(("name", "fuse"), either_way([*decoders.FIRST, *MORE], OFTEN))
 def test_decoders(name, fuse, tmp_path):
     """Alone, left-padded, and greedy from a cache in a batch of unequal prompts, beyond windows and LongRoPE's switch."""
     config = decoders.CONFIGS[name]
@@ -68,8 +79,7 @@ def test_decoders(name, fuse, tmp_path):
         assert checks.our_greedy(model, prompts, 20, batch_size=3) == theirs
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "esm2", "esm1b"])
+@pytest.mark.parametrize(("name", "fuse"), either_way(["bert", "roberta", "xlm-roberta", "esm2", "esm1b"], ("esm2",)))
 def test_encoders(name, fuse, tmp_path):
     reference = encoders.written(name, tmp_path)
     model, inputs = exported(reference, fuse=fuse), encoders.inputs(reference)
@@ -85,8 +95,18 @@ def test_encoders(name, fuse, tmp_path):
     assert (vectors - pool(theirs.hidden_states[-1], real, "mean")).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("how", [{}, {"fuse": True}, {"merged_decoder": True}], ids=["plain", "fused", "merged"])
-@pytest.mark.parametrize("name", ["t5", "t5-v1.1", "bart", "mbart"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        pytest.param("t5", {}, id="t5"),
+        pytest.param("t5-v1.1", {"fuse": True}, id="t5-v1.1-fused"),
+        pytest.param("bart", {"merged_decoder": True}, id="bart-merged"),
+        pytest.param("mbart", {"fuse": True, "merged_decoder": True}, id="mbart-fused-merged"),
+        pytest.param("t5-v1.1", {"merged_decoder": True}, id="t5-v1.1-merged", marks=pytest.mark.slow),
+        pytest.param("bart", {"fuse": True}, id="bart-fused", marks=pytest.mark.slow),
+        pytest.param("mbart", {}, id="mbart", marks=pytest.mark.slow),
+    ],
+)
 def test_encoder_decoders(name, how, tmp_path):
     reference = checks.reference(translators.CONFIGS[name], tmp_path, transformers.AutoModelForSeq2SeqLM)
     model, vocab_size = exported(reference, **how), reference.vocab_size
@@ -220,6 +240,14 @@ def test_half_precision_and_data_files(llama):
         half = model(ids)
         assert (half.float() - inside).abs().max() < (0.1 if "dtype" in settings else 1e-6)
     assert half.dtype == torch.float16
+
+
+def test_a_tokenizer_that_genai_lacks_is_named(llama, tmp_path, caplog):
+    vocabulary = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, "<unk>"))
+    vocabulary.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    vocabulary.save(str(llama.directory / "tokenizer.json"))
+    exported(llama)
+    assert "its model is WordLevel" in caplog.text and not (llama.path / "onnx" / "genai_config.json").exists()
 
 
 def test_adapters_are_folded_in(llama, tmp_path):

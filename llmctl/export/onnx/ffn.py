@@ -31,11 +31,7 @@ def activation(kind: config.Activation, x: Value) -> Value:
 
 
 def _gated(b: Builder, spec: config.GatedMlp, name: str, x: Value) -> Value:
-    both = [f"{name}.gate_proj", f"{name}.up_proj"]
-    if b.fuse:  # one product over both matrices
-        gate, up = linear(b, both, x).split(spec.d_ff, spec.d_ff)
-    else:
-        gate, up = (linear(b, part, x) for part in both)
+    gate, up = (linear(b, f"{name}.{part}_proj", x) for part in ("gate", "up"))
     return linear(b, f"{name}.down_proj", activation(spec.activation, gate) * up)
 
 
