@@ -4,9 +4,9 @@ memory that the export takes.
     python tests/bench/export_onnx.py prepare DIR [--precision int4]     # random weights, and the model of either
     python tests/bench/export_onnx.py decode DIR [--precision int4] [--threads 2] [--tokens 48] [--rounds 3]
 
-`prepare` prints seconds, size and peak resident memory of each export, a process of its own. `decode` runs, in turn, ours in
-llmctl, ours in onnxruntime-genai, and the builder's in onnxruntime-genai: greedy, one text, the same prompt; it prints
-medians of tokens per second.
+`prepare` prints seconds, size and peak resident memory of each export, a process of its own. `decode` runs, in turn and each time
+in a process of its own (the threads of a session that waits would take time from another), ours in llmctl, ours in
+onnxruntime-genai, and the builder's in onnxruntime-genai: greedy, one text, the same prompt; it prints medians of tokens per second.
 """
 
 from __future__ import annotations
@@ -20,19 +20,25 @@ import time
 from pathlib import Path
 
 PROMPT = list(range(1, 17))
+RUNS = {
+    "ours in llmctl": ("llmctl", "llmctl"),
+    "ours in onnxruntime-genai": ("llmctl", "genai"),
+    "the builder's in onnxruntime-genai": ("builder", "genai"),
+}
 RIVALS = {"int4": "int4", "float32": "fp32"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["prepare", "decode"])
+    parser.add_argument("what", choices=["prepare", "decode", "one"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--precision", choices=list(RIVALS), default="int4")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--run", choices=list(RUNS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    (prepare if arguments.what == "prepare" else decode)(arguments)
+    {"prepare": prepare, "decode": decode, "one": one}[arguments.what](arguments)
 
 
 def prepare(arguments) -> None:
@@ -71,18 +77,20 @@ def measured(name: str, command: list[str], output: Path, source: Path) -> None:
 
 
 def decode(arguments) -> None:
-    ours, theirs = (arguments.folder / f"{who}-{arguments.precision}" for who in ("llmctl", "builder"))
-    runs = {
-        "ours in llmctl": in_llmctl(ours, arguments),
-        "ours in onnxruntime-genai": in_genai(ours, arguments),
-        "the builder's in onnxruntime-genai": in_genai(theirs, arguments),
-    }
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(arguments.rounds):
-        for name, run in runs.items():
-            found[name].append(run())
+    found: dict[str, list[float]] = {name: [] for name in RUNS}
+    for number in range(arguments.rounds):
+        for name in RUNS if number % 2 == 0 else reversed(RUNS):
+            again = [sys.executable, __file__, "one", *sys.argv[2:], "--run", name]
+            found[name].append(float(subprocess.run(again, stdout=subprocess.PIPE, check=True).stdout))
     for name, rates in found.items():
         print(f"{name}: {statistics.median(rates):.2f} tokens/s ({', '.join(f'{rate:.2f}' for rate in rates)})")
+
+
+def one(arguments) -> None:
+    who, runner = RUNS[arguments.run]
+    run = {"llmctl": in_llmctl, "genai": in_genai}[runner](arguments.folder / f"{who}-{arguments.precision}", arguments)
+    run()
+    print(run())
 
 
 def in_llmctl(folder: Path, arguments):
