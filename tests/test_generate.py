@@ -291,6 +291,12 @@ def test_command_prints_prompt_and_continuation(llmctl, data):
     assert model_from_pipe.stdout == expected["greedy_text"] + "\n"
 
 
+def test_threads_change_no_text(llmctl, checkpoint):
+    texts = {llmctl("generate", checkpoint, "ab", "-n", "8", "--temp", "0", "--threads", n).stdout for n in (1, 3)}
+    assert len(texts) == 1
+    assert "at least 1" in llmctl("generate", checkpoint, "ab", "--threads", "0", code=2).stderr
+
+
 def test_command_samples_and_stats(llmctl, checkpoint):
     args = ["generate", checkpoint, "ab", "-n", "4", "--num-samples", "3", "--ignore-eos", "--stats"]
     first = llmctl(*args, "--seed", "9", "--jsonl")

@@ -53,7 +53,9 @@ def command(model, prompt, prompt_flag, settings, run):
 
     from llmctl.generation.report import Report
     from llmctl.generation.session import Session
+    from llmctl.ops.dispatch import use_threads
 
+    use_threads(run.threads)
     dtype = None if run.dtype == "auto" else run.dtype
     session = Session.open(path, dtype, run.device, run.adapter, run.force, run.provider)
     session.keep_cache_in(run.kv_dtype)

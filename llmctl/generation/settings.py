@@ -277,6 +277,14 @@ class Run:
         "auto", "Keys and values of the text so far: int8 needs half of bfloat16's memory. auto is as the weights."
     )
     device: str | None = _flag_of(None, "cpu, cuda, cuda:1.", show_default="a GPU where there is one", metavar="NAME")
+    threads: int | None = _flag_of(
+        None,
+        "Threads of the CPU's kernels.",
+        type="count",
+        at_least=1,
+        show_default="one for each physical core",
+        metavar="N",
+    )
     provider: str | None = _flag_of(
         None,
         "Of onnxruntime, for a MODEL that export-onnx wrote: cpu, cuda, or its own name for one.",

@@ -62,6 +62,13 @@ def is_training(*tensors: torch.Tensor) -> bool:
     )
 
 
+def use_threads(n: int | None) -> None:
+    """Gives the kernels of torch and ours n threads, the caller's among them; None leaves torch's choice, OMP_NUM_THREADS or
+    one for each physical core. The two never work at the same time, and neither spins while the other does."""
+    if n is not None:
+        torch.set_num_threads(n)
+
+
 def cpu_library() -> ctypes.CDLL | None:
     """The library with as many threads as torch has, or None where LLMCTL_KERNELS wants plain torch."""
     library = native.library()
