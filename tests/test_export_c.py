@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 import family_checks as checks  # noqa: E402
 from test_decoder_families import CONFIGS, FIRST, V, ids  # noqa: E402
 
-from llmctl.errors import UserError  # noqa: E402
+from llmctl.errors import CalledWrongly, UserError  # noqa: E402
 from llmctl.export.c import check, export  # noqa: E402
 from llmctl.export.c.settings import ExportCSettings  # noqa: E402
 from llmctl.generation.session import Session  # noqa: E402
@@ -75,26 +75,17 @@ def test_command_writes_what_generate_writes(llmctl, data, program, tmp_path):
         {"seed": 6, "frequency_penalty": 0.2, "top_p": 0.5},
     ]
     for each in settings:
-        completion = session.begin(START, Sampling(max_new_tokens=120, **each))
+        completion = session.begin(START, Sampling(max_new_tokens=60, **each))
         expected = "".join(session.stream(completion))
         flags = [word for name, value in each.items() for word in (f"--{name.replace('_', '-')}", value)]
-        assert run(program, tmp_path / "f32" / "model.bin", START, "-n", 120, *flags) == f"{START}{expected}\n"
+        assert run(program, tmp_path / "f32" / "model.bin", START, "-n", 60, *flags) == f"{START}{expected}\n"
     words = run(program, tmp_path / "int8" / "model.bin", START, "-n", 40, "--temp", 0)
     assert words.startswith(f"{START}, there was a little girl named Lily.")
     from_pipe = run(program, tmp_path / "f32" / "model.bin", "-n", 3, "--temp", 0, stdin=None, input=b"Once\n")
     assert from_pipe.startswith("Once") and from_pipe.count("\n") == 1
 
 
-SOME = [
-    *FIRST,
-    "llama-bias-tied",
-    "llama-dynamic",
-    "llama-yarn",
-    "llama-llama3",
-    "qwen3_moe-mixed",
-    "phi3-longrope-partial",
-]
-SOME += ["smollm3-windows", "gemma3_text-linear", "gpt2-scaled-by-layer", "gpt2-untied"]
+SOME = [*FIRST, "llama-bias-tied", "llama-llama3", "qwen3_moe-mixed", "smollm3-windows", "phi3-longrope-partial"]
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -321,7 +312,7 @@ def test_misuse(small_file, program):
     )
 
 
-def test_refusals(llmctl, tmp_path):
+def test_refusals(llmctl, monkeypatch, tmp_path):
     cases = {
         "bert": (
             transformers.BertConfig(
@@ -350,6 +341,7 @@ def test_refusals(llmctl, tmp_path):
     # int8 is never exact, so that no tolerance fails the check
     result = llmctl("export-c", reference.directory, "-o", "out", "--type", "int8", "--tolerance", "0", code=3)
     assert "KL divergence may be 0 at most" in result.stderr and not (tmp_path / "out").exists()
-    result = llmctl("export-c", reference.directory, "-o", "out", env={"PATH": "/nowhere", "CC": ""})
-    assert "was not compared" in result.stderr and (tmp_path / "out" / "run.c").exists()
-    assert "exists already" in llmctl("export-c", reference.directory, "-o", "out", code=2).stderr
+    monkeypatch.setattr(check, "compiler", lambda: None)
+    assert export.export(reference.directory, tmp_path / "out", ExportCSettings()).checked.compiler is None
+    with pytest.raises(CalledWrongly, match="exists already"):
+        export.export(reference.directory, tmp_path / "out", ExportCSettings())
