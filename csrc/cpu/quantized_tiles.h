@@ -186,9 +186,14 @@ void tiles_of_piece(const QuantizedLinear& c, const QuantizedRows& x, const Line
     }
 }
 
-template <class I, class Element, int FewRows>
+// Up to so many rows take less time without tiles: measured.
+LLMCTL_INLINE int64_t rows_without_tiles(int32_t bits) { return bits == 4 ? 8 : 2; }
+
+template <class I, class Element>
 void quantized_tiles_piece(const QuantizedLinear& c, const QuantizedRows& x, const LinearPiece& piece) {
-    if (piece.last_row - piece.first_row <= FewRows) return quantized_linear_piece<I, Element, 8>(c, x, piece);
+    if (piece.last_row - piece.first_row <= rows_without_tiles(c.bits)) {
+        return quantized_linear_piece<I, Element, 8>(c, x, piece);
+    }
     alignas(64) float sums[quantized_max_rows * linear_max_outs];
     if (c.bits == 4) {
         if (c.unit == 32) tiles_of_piece<4, 32>(c, x, piece, sums);
