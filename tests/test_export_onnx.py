@@ -49,10 +49,16 @@ def exported(reference, **settings):
 
 def either_way(names, often):
     """Each plain and fused; of what only repeats others, the slower tests have the one that is not told apart."""
-    for name in names:
-        for fuse in (False, True):
-            marks = () if name in often or fuse else (pytest.mark.slow,)
-            yield pytest.param(name, fuse, id=f"{name}-{'fused' if fuse else 'plain'}", marks=marks)
+    return [
+        pytest.param(
+            name,
+            fuse,
+            id=f"{name}-{'fused' if fuse else 'plain'}",
+            marks=() if name in often or fuse else (pytest.mark.slow,),
+        )
+        for name in names
+        for fuse in (False, True)
+    ]
 
 
 OFTEN = ("llama", "gpt2", "gemma2", "mixtral", "phi3-longrope")
