@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,28 @@ DATA = Path(os.environ.get("LLMCTL_DATA", ROOT.parent / "shared" / "data"))
 
 # Several test processes share few cores; torch's own threads would only fight each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+SAMPLE = 6
+"""Of so many slow tests one runs when nothing is said."""
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", choices=["none", "sample", "all"], default="sample", help="which slow tests run")
+
+
+def pytest_collection_modifyitems(config, items):
+    choice = config.getoption("--slow")
+    if choice == "all" or any("::" in name for name in config.args):
+        return
+
+    def stays(item) -> bool:
+        if item.get_closest_marker("slow") is None:
+            return True
+        return choice == "sample" and zlib.crc32(item.nodeid.encode()) % SAMPLE == 0
+
+    config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
+    items[:] = [item for item in items if stays(item)]
 
 
 @pytest.fixture
