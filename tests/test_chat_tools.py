@@ -167,7 +167,8 @@ def test_programs_that_hang_fail_or_print_megabytes(engines, code, result):
 def test_a_model_that_never_stops_calling_is_stopped(engines):
     talk = talk_with(engines["hermes"], [written("hermes", "calculator", {"expression": "1"})])
     events = list(talk.ask("?"))
-    assert len(called(events)) == MAX_ROUNDS and "stopped" in events[-2].text
+    assert len(called(events)) == MAX_ROUNDS
+    assert any("without an answer" in getattr(event, "text", "") for event in events)
 
 
 def test_a_template_without_tools_gets_them_in_the_system_message(tmp_path):
