@@ -18,7 +18,7 @@ from llmctl.errors import UserError
 from llmctl.files import read_json, write_atomic
 
 FILE_NAME = "llmctl.json"
-COVERED_SUFFIXES = {".json", ".safetensors", ".model", ".jinja", ".onnx"}
+COVERED_SUFFIXES = {".json", ".safetensors", ".model", ".jinja", ".onnx", ".data", ".c", ".bin"}
 
 
 def versions() -> dict[str, str]:
@@ -88,10 +88,12 @@ def verify(directory: str | os.PathLike) -> list[str]:
     return problems
 
 
-def weights_sha256(directory: str | os.PathLike) -> str:
-    """The identity of a parent checkpoint: over the names and contents of its weight files."""
+def weights_sha256(checkpoint: str | os.PathLike) -> str:
+    """The identity of a parent: over the names and contents of a directory's weight files, or the contents of a .gguf file."""
+    if os.path.isfile(checkpoint):
+        return file_sha256(checkpoint)
     total = hashlib.sha256()
-    for path in sorted(Path(directory).glob("*.safetensors")):
+    for path in sorted(Path(checkpoint).glob("*.safetensors")):
         total.update(f"{path.name} {file_sha256(path)}\n".encode())
     return total.hexdigest()
 

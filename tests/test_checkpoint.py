@@ -364,6 +364,17 @@ def test_lineage_round_trip_and_verification(tmp_path):
     assert [problem.split(":")[0] for problem in problems] == ["config.json", "model.safetensors"]
 
 
+def test_lineage_covers_weights_in_files_of_their_own(tmp_path):
+    """Those of an exported graph, and the two files of an exported program."""
+    names = {"model.onnx", "model.onnx.data", "model.bin", "run.c"}
+    for name in names:
+        (tmp_path / name).write_bytes(b"weights")
+    lineage.write(tmp_path, lineage.Lineage("export-onnx"))
+    assert set(lineage.read(tmp_path).files) == names
+    (tmp_path / "model.onnx.data").write_bytes(b"weightz")
+    assert [problem.split(":")[0] for problem in lineage.verify(tmp_path)] == ["model.onnx.data"]
+
+
 def test_lineage_and_files_load_no_torch():
     code = "import llmctl.lineage, llmctl.checkpoint, sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

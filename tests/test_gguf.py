@@ -22,11 +22,13 @@ gguf = pytest.importorskip("gguf")
 import family_checks as checks  # noqa: E402
 from test_decoder_families import CONFIGS, GEMMA2, GEMMA3, LLAMA3, SHAPE, YARN, longrope  # noqa: E402
 
+from llmctl import lineage  # noqa: E402
 from llmctl.errors import UserError  # noqa: E402
 from llmctl.export.c.export import export as export_c  # noqa: E402
 from llmctl.export.c.settings import ExportCSettings  # noqa: E402
 from llmctl.export.gguf.export import export  # noqa: E402
 from llmctl.export.gguf.settings import ExportGgufSettings  # noqa: E402
+from llmctl.finetune.assembly import Assembly  # noqa: E402
 from llmctl.generation.session import Session  # noqa: E402
 from llmctl.generation.settings import Sampling  # noqa: E402
 from llmctl.gguf import k_quants  # noqa: E402
@@ -285,6 +287,22 @@ def test_quantized_checkpoints_are_exported(checkpoint, llmctl, tmp_path):
     text = checks.token_ids(ours.config.vocab_size, 1, 20)
     with torch.no_grad():
         assert (ours(text) - again(text)).norm() < 0.05 * again(text).norm()
+
+
+def test_adapters_know_their_file(checkpoint, tmp_path):
+    """An adapter that was trained over a .gguf names it, and is refused over another."""
+    for name in ("llama", "qwen2"):
+        export(checkpoint(name), tmp_path / f"{name}.gguf", ExportGgufSettings())
+    base, other, adapter = tmp_path / "llama.gguf", tmp_path / "qwen2.gguf", tmp_path / "adapter"
+    told = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(told))
+    lineage.write(adapter, lineage.Lineage("finetune", parent_sha256=lineage.weights_sha256(base)))
+    assert Assembly.find(adapter) == Assembly.find(base, [str(adapter)])
+    with pytest.raises(UserError, match="trained on another base"):
+        Assembly.find(other, [str(adapter)])
+    moved = base.rename(tmp_path / "moved.gguf")
+    assert Assembly.find(moved, [str(adapter)]).base == moved
 
 
 def test_no_space(checkpoint, monkeypatch, tmp_path):

@@ -120,7 +120,7 @@ def _parsed(word: str) -> tuple[Path, float]:
 def _named_base(path: Path) -> Path:
     name = adapter.read_config(path).get("base_model_name_or_path")
     base = Path(name or "")
-    if not name or not (base / "config.json").exists():
+    if not name or not (base.is_file() or (base / "config.json").exists()):
         raise UserError(
             f"{path}: an adapter, whose base {name!r} is no checkpoint here",
             hint="give the base as MODEL, and this as --adapter",
