@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <climits>
+#include <cstdint>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -23,6 +25,8 @@ namespace {
 // short enough to leave the cores to others.
 constexpr int spins = 2000;
 
+constexpr int32_t max_lanes = 256;  // threads of one parallel_for
+
 inline void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -31,41 +35,81 @@ inline void pause() {
 #endif
 }
 
+// A stretch of pieces: its thread takes them from the front, the others, when they have done theirs, from the back.
+class alignas(64) Lane {
+public:
+    void set(uint64_t begin, uint64_t end) { ends_.store(end << 32 | begin, std::memory_order_relaxed); }
+
+    // A piece, or -1 where none is left.
+    int64_t take(bool from_back) {
+        uint64_t ends = ends_.load(std::memory_order_relaxed);
+        for (;;) {
+            const uint64_t begin = ends & UINT32_MAX, end = ends >> 32;
+            if (begin >= end) return -1;
+            const uint64_t rest = from_back ? ends - (uint64_t{1} << 32) : ends + 1;
+            if (ends_.compare_exchange_weak(ends, rest, std::memory_order_relaxed)) {
+                return static_cast<int64_t>(from_back ? end - 1 : begin);
+            }
+        }
+    }
+
+private:
+    std::atomic<uint64_t> ends_{0};
+};
+
 // One parallel_for. Threads join while it is open; it ends when it is closed and all who joined have left.
+//
+// Each thread has a stretch of pieces of its own: where pieces are stretches of memory, it reads on and on, as the
+// processor's prefetching expects. Two threads that take every other piece reach two thirds of the bandwidth.
 struct Job {
-    Job(const PieceWork& body, int64_t n_pieces) : body(&body), n_pieces(n_pieces) {}
+    // `lanes` is where the pieces of n_lanes threads are noted; they last as long as the job.
+    Job(const PieceWork& body, int64_t n_pieces, Lane* lanes, int32_t n_lanes)
+        : body(&body), lanes(lanes), n_lanes(n_lanes) {
+        for (int64_t i = 0; i < n_lanes; ++i) lanes[i].set(n_pieces * i / n_lanes, n_pieces * (i + 1) / n_lanes);
+    }
 
     const PieceWork* body;
-    int64_t n_pieces;
-    std::atomic<int64_t> next{0};
+    Lane* lanes;
+    int32_t n_lanes;
     std::exception_ptr failure;
     std::atomic<bool> failed{false};
 
-    void run() {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n_pieces;) {
-            try {
-                (*body)(i);
-            } catch (...) {
-                if (!failed.exchange(true)) failure = std::current_exception();
-                next.store(n_pieces, std::memory_order_relaxed);
+    // What thread number `thread` of the pool does of it.
+    void run(int32_t thread) {
+        const int32_t own = thread % n_lanes;
+        for (int32_t i = 0; i < n_lanes; ++i) {
+            Lane& lane = lanes[(own + i) % n_lanes];
+            for (int64_t piece; !failed.load(std::memory_order_relaxed) && (piece = lane.take(i > 0)) >= 0;) {
+                run_piece(piece);
             }
+        }
+    }
+
+    void run_piece(int64_t piece) {
+        try {
+            (*body)(piece);
+        } catch (...) {
+            if (!failed.exchange(true)) failure = std::current_exception();
         }
     }
 };
 
 class Pool {
 public:
-    // Runs the job on this thread and up to n - 1 others; false where the pool is somebody else's just now.
-    bool run(Job& job, int32_t n) {
+    // Calls body for every piece on this thread and up to n - 1 others; false where the pool is somebody else's just now.
+    bool run(const PieceWork& body, int64_t n_pieces, int32_t n) {
         if (busy_.exchange(true, std::memory_order_acquire)) return false;
         start_threads(n - 1);
+        const int32_t n_lanes = std::min(n, std::min(n_started_ + 1, max_lanes));
+        Job job(body, n_pieces, lanes_, n_lanes);
         job_ = &job;
-        places_.store(std::min(n - 1, n_started_));
+        places_.store(n_lanes - 1);
         ++ticket_;
         if (sleeping_ > 0) wake_all();
-        job.run();
+        job.run(0);
         close();
         busy_.store(false, std::memory_order_release);
+        if (job.failure) std::rethrow_exception(job.failure);
         return true;
     }
 
@@ -76,7 +120,7 @@ private:
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are the business of the threads that Python knows
         try {
-            for (; n_started_ < n; ++n_started_) std::thread(&Pool::live, this).detach();
+            for (; n_started_ < n; ++n_started_) std::thread(&Pool::live, this, n_started_ + 1).detach();
         } catch (const std::system_error&) {
             // The system gives no more threads; those there are do the work.
         }
@@ -111,11 +155,11 @@ private:
         return false;
     }
 
-    void live() {
+    void live(int32_t number) {
         for (uint64_t seen = 0;;) {
             seen = next_ticket(seen);
             if (!enter()) continue;  // it came too late to help
-            job_->run();
+            job_->run(number);
             --inside_;
         }
     }
@@ -135,6 +179,7 @@ private:
     std::atomic<bool> busy_{false};
     int32_t n_started_ = 0;
     Job* job_ = nullptr;
+    Lane lanes_[max_lanes];
     std::atomic<int32_t> places_{0}, inside_{0}, sleeping_{0};
     std::atomic<uint64_t> ticket_{0};
     std::mutex mutex_;
@@ -171,10 +216,10 @@ int32_t threads() {
 }
 
 void parallel_for(int64_t n_pieces, const PieceWork& body) {
-    Job job(body, n_pieces);
     const auto n = static_cast<int32_t>(std::min<int64_t>(threads(), n_pieces));
-    if (n <= 1 || !the_pool().run(job, n)) job.run();
-    if (job.failure) std::rethrow_exception(job.failure);
+    const bool is_countable = n_pieces <= INT32_MAX;  // in a lane
+    if (n > 1 && is_countable && the_pool().run(body, n_pieces, n)) return;
+    for (int64_t i = 0; i < n_pieces; ++i) body(i);
 }
 
 }  // namespace llmctl

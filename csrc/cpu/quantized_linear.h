@@ -9,6 +9,9 @@
 namespace llmctl {
 namespace {
 
+// How far ahead of their use weights are fetched: the processor's own prefetching stops where a page of 4 KB ends.
+constexpr int64_t prefetch_bytes = 2048;
+
 // 16 scales of a unit, or as many as a vector has lanes.
 template <class I>
 LLMCTL_INLINE typename I::Simd::Vec load_scales(const QuantizedLinear& c, int64_t at) {
@@ -32,6 +35,7 @@ LLMCTL_INLINE void add_run(const uint8_t* weights, const int8_t* x, int64_t term
 #pragma GCC unroll 8
     for (int q = 0; q < (Bits == 8 ? quads : quads / 2); ++q) {
         const auto codes = I::load_codes(weights + q * 64);
+        __builtin_prefetch(weights + q * 64 + prefetch_bytes);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
             const int8_t* row = x + r * 64 + q * 4;

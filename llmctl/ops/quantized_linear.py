@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from llmctl.ops import native
+from llmctl.ops import huge_pages, native
 from llmctl.ops.dispatch import DTYPES, cpu_library, is_inference
 
 PANEL, BLOCK, RUN, QUAD = 16, 128, 32, 4
@@ -183,7 +183,7 @@ def _codes_laid_out(codes_NK: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         lower, upper = codes.unflatten(3, (2, -1)).unbind(3)
         codes = lower | (upper << 4)
-    return codes.flatten(2).contiguous()
+    return huge_pages.contiguous(codes.flatten(2))
 
 
 def _codes_of(weight: QuantizedWeight, ids: torch.Tensor) -> torch.Tensor:
@@ -200,7 +200,7 @@ def _units_laid_out(values_NJ: torch.Tensor, n_in: int, group_size: int, unit: i
     n_blocks = -(-n_in // BLOCK)
     groups = torch.arange(0, n_in, unit) // group_size
     values = _filled(values_NJ[:, groups], n_blocks * (BLOCK // unit))
-    return values.unflatten(2, (n_blocks, BLOCK // unit)).permute(0, 2, 3, 1).contiguous()
+    return huge_pages.contiguous(values.unflatten(2, (n_blocks, BLOCK // unit)).permute(0, 2, 3, 1))
 
 
 def _of_each(weight: QuantizedWeight, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
