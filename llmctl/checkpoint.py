@@ -6,13 +6,22 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmctl.errors import UserError
 from llmctl.files import check_free_space, read_json, staged_directory, write_atomic
-from llmctl.tensor_file import TORCH_NAMES, Entry, LazyTensor, MappedFile, corrupt, torch_dtype, write_file
+from llmctl.tensor_file import (
+    TORCH_NAMES,
+    Entry,
+    LazyTensor,
+    MappedFile,
+    NamedTensors,
+    corrupt,
+    torch_dtype,
+    write_file,
+)
 
 if TYPE_CHECKING:  # resolving a name and reporting a wrong one must not cost the seconds that torch takes to import
     import torch
@@ -93,59 +102,43 @@ def _plan_shards(tensors: Mapping[str, torch.Tensor | LazyTensor], shard_bytes: 
     return shards
 
 
-class TensorFiles:
+class TensorFiles(NamedTensors):
     """The tensors of a checkpoint by name, over one safetensors file or several."""
 
+    _named: dict[str, Entry]
+
     def __init__(self, path: Path, entries: dict[str, Entry]):
-        self.path = path
-        self._entries = entries
-
-    def keys(self) -> list[str]:
-        return list(self._entries)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
+        self.path, self._named = path, entries
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor, mapped from the file: its pages are read when they are used."""
-        return self._entry(name).file.read(name)
+        return self._of(name).file.read(name)
 
     def copy(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """The tensor, or some of its rows, read into memory that is free again when the tensor is."""
-        return self._entry(name).file.copy(name, rows)
+        return self._of(name).file.copy(name, rows)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entry(name).shape
+        return self._of(name).shape
 
     def dtype_name(self, name: str) -> str:
         """As torch names it, without importing torch; for a dtype that llmctl cannot read, as the file does."""
-        stored = self._entry(name).dtype
+        stored = self._of(name).dtype
         return TORCH_NAMES.get(stored, stored)
 
     def nbytes(self, name: str) -> int:
-        entry = self._entry(name)
+        entry = self._of(name)
         return entry.end - entry.begin
 
     def dtype(self, name: str) -> torch.dtype:
-        entry = self._entry(name)
+        entry = self._of(name)
         return torch_dtype(entry.file.path, name, entry.dtype)
 
     def lazy(self, name: str) -> LazyTensor:
         """The tensor as `save_tensors` takes it, so that a copy of a checkpoint needs no tensor in memory."""
-        entry = self._entry(name)
+        entry = self._of(name)
         pieces = functools.partial(entry.file.pieces, name)
         return LazyTensor(entry.shape, self.dtype(name), functools.partial(self.copy, name), pieces)
-
-    def _entry(self, name: str) -> Entry:
-        if name not in self._entries:
-            raise UserError(f"{self.path}: has no tensor named {name}")
-        return self._entries[name]
 
 
 def open_tensors(path: str | os.PathLike, stem: str = "model") -> TensorFiles:

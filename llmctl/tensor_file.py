@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmctl.errors import UserError
 
@@ -55,6 +55,30 @@ class LazyTensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class NamedTensors:
+    """Tensors by name, in the order of their files: what all have in common that open a checkpoint, however it is stored."""
+
+    path: Path
+    _named: Mapping[str, Any]
+
+    def keys(self) -> list[str]:
+        return list(self._named)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._named
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+    def _of(self, name: str) -> Any:
+        if name not in self._named:
+            raise UserError(f"{self.path}: has no tensor named {name}")
+        return self._named[name]
 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor | LazyTensor], hashed: bool = False) -> str | None:

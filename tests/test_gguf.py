@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 transformers = pytest.importorskip("transformers")
@@ -24,6 +25,7 @@ from test_decoder_families import CONFIGS, GEMMA2, GEMMA3, LLAMA3, SHAPE, YARN, 
 
 from llmctl import lineage  # noqa: E402
 from llmctl.errors import UserError  # noqa: E402
+from llmctl.export.c import check  # noqa: E402
 from llmctl.export.c.export import export as export_c  # noqa: E402
 from llmctl.export.c.settings import ExportCSettings  # noqa: E402
 from llmctl.export.gguf.export import export  # noqa: E402
@@ -303,6 +305,18 @@ def test_adapters_know_their_file(checkpoint, tmp_path):
         Assembly.find(other, [str(adapter)])
     moved = base.rename(tmp_path / "moved.gguf")
     assert Assembly.find(moved, [str(adapter)]).base == moved
+
+
+def test_tensors_that_the_config_lacks_are_named_first(checkpoint, monkeypatch, tmp_path):
+    shutil.copytree(checkpoint("llama"), tmp_path / "base")
+    tensors = safetensors.torch.load_file(tmp_path / "base" / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+    safetensors.torch.save_file(tensors, tmp_path / "base" / "model.safetensors")
+    monkeypatch.setattr(check, "compiler", lambda: None)
+    for write, settings in ((export, ExportGgufSettings()), (export_c, ExportCSettings())):
+        with pytest.raises(UserError, match="the checkpoint has the unknown model.layers.0.self_attn.q_proj.bias"):
+            write(tmp_path / "base", tmp_path / "out.gguf", settings)
+        assert not (tmp_path / "out.gguf").exists()
 
 
 def test_no_space(checkpoint, monkeypatch, tmp_path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from llmctl.gguf.blocks import BLOCK, PACKED, unpacked
 from llmctl.models import families, weights
 from llmctl.models.config import ModelConfig
 from llmctl.models.packed import AffineWeight
-from llmctl.tensor_file import LazyTensor
+from llmctl.tensor_file import LazyTensor, NamedTensors
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -94,7 +93,7 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{path}: {error.message}", hint=error.hint) from error
 
 
-class GgufTensors:
+class GgufTensors(NamedTensors):
     """What `checkpoint.TensorFiles` is for safetensors."""
 
     def __init__(self, path: str | os.PathLike):
@@ -111,30 +110,16 @@ class GgufTensors:
             if some:
                 raise UserError(f"{path}: the GGUF file {complaint} {some[0]} ({len(some)} such)")
         self._entries = {name: entry for entry in found for name in entry.ours}
-        self._rows = {theirs: (ours, change) for theirs, ours, change in weights.matches(self._family.WEIGHTS, shapes)}
-
-    def keys(self) -> list[str]:
-        return list(self._rows)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        self._named = {theirs: (ours, change) for theirs, ours, change in weights.matches(self._family.WEIGHTS, shapes)}
 
     def get(self, name: str) -> torch.Tensor:
-        if name not in self._rows:
-            raise UserError(f"{self.path}: has no tensor named {name}")
-        ours, change = self._rows[name]
+        ours, change = self._of(name)
         parts = [self._ours(each) for each in ours]
         return weights.to_theirs(change, parts).to(self._file.dtype).contiguous()
 
     def packed(self, name: str) -> AffineWeight | None:
         """The matrix [out, in] of a weight that is stored in a form which products can be taken with as it is; else None."""
-        ours, _ = self._rows[name]
+        ours, _ = self._of(name)
         entry = self._entries[ours[0]]
         stored = self._file.tensors[entry.name]
         if entry.ours != tuple(ours) or stored.tensor_type.name not in PACKED or entry.change == "stack":
@@ -150,14 +135,14 @@ class GgufTensors:
 
     def copy(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """The tensor, or some of its rows; a vocabulary's matrix is dequantized in parts."""
-        ours, change = self._rows[name]
+        ours, change = self._of(name)
         entry = self._entries[ours[0]]
         if rows != slice(None) and change == entry.change == "rename":
             return self._file.read(entry.name, rows).to(self._file.dtype)
         return self.get(name)[rows].clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        ours, change = self._rows[name]
+        ours, change = self._of(name)
         return tuple(weights.to_theirs(change, [torch.empty(self._shapes[n], device="meta") for n in ours]).shape)
 
     def dtype(self, name: str) -> torch.dtype:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from llmctl.errors import UserError
 from llmctl.models import families
 from llmctl.models.packed import PackedWeight
 from llmctl.quantize import layouts
+from llmctl.tensor_file import NamedTensors
 
 CONFIG_KEY = "quantization_config"
 
@@ -27,7 +27,7 @@ def open_weights(path: str | os.PathLike) -> TensorFiles | QuantizedFiles:
     return QuantizedFiles(stored, hf) if hf.get(CONFIG_KEY) else stored
 
 
-class QuantizedFiles:
+class QuantizedFiles(NamedTensors):
     """`TensorFiles` of a quantized checkpoint: `X.weight` stands for the tensors that hold the matrix of module X."""
 
     def __init__(self, stored: TensorFiles, hf: dict):
@@ -35,21 +35,9 @@ class QuantizedFiles:
         self._layout = layouts.find(hf[CONFIG_KEY], stored)
         parts = set(layouts.names_of(self._layout))
         self._modules = {f"{module}.weight": module for module in self._layout.modules()}
-        self._names = [name for name in stored if name not in parts] + list(self._modules)
+        self._named = dict.fromkeys([*(name for name in stored if name not in parts), *self._modules])
         self._transposed = _transposed(hf.get("model_type"))
         self._dtype = self._plain_dtype(hf)
-
-    def keys(self) -> list[str]:
-        return list(self._names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._modules or (name in self.stored and name in self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
     def bits(self, name: str) -> int | None:
         """In how many a weight of a quantized matrix is stored, scales aside; None for other tensors."""
@@ -107,7 +95,7 @@ class QuantizedFiles:
         name = hf.get("torch_dtype") or hf.get("dtype")
         if name in ("float32", "float16", "bfloat16"):
             return getattr(torch, name)
-        plain = (self.stored.dtype(name) for name in self._names if name in self.stored)
+        plain = (self.stored.dtype(name) for name in self if name in self.stored)
         found = next((dtype for dtype in plain if dtype.is_floating_point and dtype.itemsize > 1), None)
         if found is None:
             raise UserError(f"{self.path}: config.json does not say the dtype of a checkpoint that is quantized whole")

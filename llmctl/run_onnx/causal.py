@@ -13,6 +13,7 @@ from llmctl.models.config import ModelConfig
 from llmctl.models.context import padding_of
 from llmctl.run_onnx.cache import GrowingBuffers, Rows, SharedBuffers, cached_names
 from llmctl.run_onnx.graph_session import GraphSession
+from llmctl.run_onnx.model import OnnxModule
 
 
 class OnnxCache:
@@ -59,26 +60,18 @@ class OnnxCache:
             self.texts = [list(self.texts[row]) for row in rows.tolist()]
 
 
-class OnnxCausalLM:
+class OnnxCausalLM(OnnxModule):
     """Token ids to logits over what comes next."""
 
-    encoder, n_virtual = None, 0
     cuts_caches = True
     shares_prefixes = False
     """Whether a cache can begin with another one's tokens."""
 
     def __init__(self, graph: GraphSession, config: ModelConfig, pads_right: bool, shares_buffers: bool):
-        self.graph, self.config = graph, config
+        super().__init__(graph, config)
         self.pads_right, self.shares_buffers = pads_right, shares_buffers
         self.cached = cached_names(graph)
         self.switch_length = rope_scaling.switch_length(config)
-
-    @property
-    def device(self) -> torch.device:
-        return self.graph.device
-
-    def eval(self) -> OnnxCausalLM:
-        return self
 
     def __call__(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, T, V], or of a classifier [B, labels]; the mask is 1 at real tokens, 0 at padding at the ends."""

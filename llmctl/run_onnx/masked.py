@@ -5,24 +5,11 @@ from __future__ import annotations
 import torch
 
 from llmctl.errors import UserError
-from llmctl.models.config import ModelConfig
-from llmctl.run_onnx.graph_session import GraphSession
+from llmctl.run_onnx.model import OnnxModule
 
 
-class OnnxMaskedLM:
+class OnnxMaskedLM(OnnxModule):
     """Token ids to logits over what stands at each of them, or to the last layer's states."""
-
-    encoder, n_virtual = None, 0
-
-    def __init__(self, graph: GraphSession, config: ModelConfig):
-        self.graph, self.config = graph, config
-
-    @property
-    def device(self) -> torch.device:
-        return self.graph.device
-
-    def eval(self) -> OnnxMaskedLM:
-        return self
 
     def __call__(self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [B, T, V], or of a classifier [B, labels]."""

@@ -13,6 +13,7 @@ from llmctl.models.context import padding_of
 from llmctl.models.memory import Memory
 from llmctl.models.seq2seq_lm import Seq2SeqLM
 from llmctl.run_onnx.graph_session import GraphSession
+from llmctl.run_onnx.model import OnnxModule
 
 
 class OnnxSeq2SeqCache:
@@ -67,22 +68,15 @@ class Decoders:
         return logits_BTV
 
 
-class OnnxSeq2SeqLM:
+class OnnxSeq2SeqLM(OnnxModule):
     """A source and the ids written so far to logits over what comes next."""
 
-    n_virtual, shares_prefixes = 0, False
+    shares_prefixes = False
     continued = Seq2SeqLM.continued
 
     def __init__(self, encoder: GraphSession, decoders: Decoders, config: ModelConfig):
-        self.encoder_graph, self.decoders, self.config = encoder, decoders, config
-        self.encoder = _Side(config.encoder)
-
-    @property
-    def device(self) -> torch.device:
-        return self.encoder_graph.device
-
-    def eval(self) -> OnnxSeq2SeqLM:
-        return self
+        super().__init__(encoder, config)
+        self.decoders, self.encoder = decoders, _Side(config.encoder)
 
     def __call__(
         self, source_ids_BS: torch.Tensor, source_mask_BS: torch.Tensor | None = None, *, input_ids_BT: torch.Tensor
@@ -124,10 +118,8 @@ class OnnxSeq2SeqLM:
 
     def _cache(self, source_ids_BS: torch.Tensor, mask_BS: torch.Tensor | None) -> OnnxSeq2SeqCache:
         mask_BS = torch.ones_like(source_ids_BS) if mask_BS is None else mask_BS.long()
-        states_BSD = self.encoder_graph.empty("last_hidden_state", *source_ids_BS.shape, self.config.d_model)
-        self.encoder_graph.run(
-            {"input_ids": source_ids_BS, "attention_mask": mask_BS}, {"last_hidden_state": states_BSD}
-        )
+        states_BSD = self.graph.empty("last_hidden_state", *source_ids_BS.shape, self.config.d_model)
+        self.graph.run({"input_ids": source_ids_BS, "attention_mask": mask_BS}, {"last_hidden_state": states_BSD})
         return OnnxSeq2SeqCache(states_BSD, mask_BS.to(self.device))
 
 

@@ -28,7 +28,7 @@ def logits(b: Builder, spec: config.ModelConfig, x: Value) -> Value:
         x = norm(b, head.transform.norm, "head_transform.norm", x)
     x = x if head.scale == 1.0 else x * head.scale
     y = _tied(b, spec, x) if spec.tie_embeddings else linear(b, "lm_head", x)
-    if head.bias == "fixed" and b.weights.has("logits_bias"):
+    if head.bias == "fixed" and "logits_bias" in b.weights:
         y = y + b.weight("logits_bias")
     return y if head.softcap is None else b.graph.op("Tanh", y / head.softcap) * head.softcap
 
@@ -65,7 +65,7 @@ def pooled(b: Builder, how: str, x: Value, mask: Value) -> Value:
 
 def _tied(b: Builder, spec: config.ModelConfig, x: Value) -> Value:
     """With the embedding's own rows: Gemm, unlike MatMul, takes them as they lie, so that they are stored once."""
-    bias = b.weight("head_bias") if b.weights.has("head_bias") else None
+    bias = b.weight("head_bias") if "head_bias" in b.weights else None
     if b.quantization is not None:
         return product(b, "head.weight", b.weights.plain(EMBEDDING), x, bias)
     g, rows = b.graph, x.reshape(-1, spec.d_model)

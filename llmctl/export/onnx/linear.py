@@ -22,7 +22,7 @@ def linear(b: Builder, names: str | Sequence[str], x: Value) -> Value:
     weights = [f"{name}.weight" for name in names]
     n_out, n_in = sum(b.weights.shapes[name][0] for name in weights), b.weights.shapes[weights[0]][1]
     bias = None
-    if any(b.weights.has(f"{name}.bias") for name in names):
+    if any(f"{name}.bias" in b.weights for name in names):
         bias = b.graph.weight("+".join(f"{name}.bias" for name in names), _biases(b, names, n_out))
     if (groups := packed_groups(b.weights, weights)) is not None:
         return in_groups(b, "+".join(weights), groups, x, bias)
@@ -64,7 +64,7 @@ def _biases(b: Builder, names: Sequence[str], n_out: int) -> LazyTensor:
     def load() -> torch.Tensor:
         sizes = [b.weights.shapes[f"{name}.weight"][0] for name in names]
         parts = (
-            b.weights.read(f"{name}.bias").float() if b.weights.has(f"{name}.bias") else torch.zeros(size)
+            b.weights.get(f"{name}.bias") if f"{name}.bias" in b.weights else torch.zeros(size)
             for name, size in zip(names, sizes)
         )
         return torch.cat(list(parts)).to(b.weights.dtype)

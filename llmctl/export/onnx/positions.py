@@ -115,7 +115,7 @@ def _dynamic(b: Builder, rope: config.Rope, dims: int, lengths: Value) -> Value:
 def _fixed(b: Builder, rope: config.Rope, dims: int) -> torch.Tensor:
     """Where no length counts; ESM-2's checkpoints bring their own."""
     name = "rotaries.0.frequencies"
-    if rope.stored and b.weights.has(name):
+    if rope.stored and name in b.weights:
         return b.weights.read(name).float()
     return rope_scaling.frequencies(rope, dims)
 

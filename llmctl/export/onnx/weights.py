@@ -1,4 +1,4 @@
-"""The weights of a checkpoint under our names, read when they are written."""
+"""What graphs need of a checkpoint's weights: those that are made when a file is written, and those in few bits."""
 
 from __future__ import annotations
 
@@ -7,35 +7,18 @@ from pathlib import Path
 
 import torch
 
-from llmctl.models import families, weights
+from llmctl.export import weights
 from llmctl.models.config import ModelConfig
-from llmctl.models.loading import new_empty, stored_tensors
-from llmctl.quantize.stored import QuantizedFiles, open_weights
+from llmctl.quantize.stored import QuantizedFiles
 from llmctl.tensor_file import LazyTensor
 
 
-class Weights:
+class Weights(weights.Weights):
     """`dtype` is what they are written in; what a graph holds otherwise says so itself."""
 
     def __init__(self, path: Path, config: ModelConfig, dtype: torch.dtype):
-        """Raises UserError where the file lacks a weight that the config asks for."""
-        self.dtype, self._files = dtype, open_weights(path)
-        with torch.device("meta"):
-            model = new_empty(config)
-        self.shapes = {name: tensor.shape for name, tensor in stored_tensors(model).items()}
-        family, optional = families.find(config.family), dict(model.named_buffers())
-        # Nothing is read here: names and shapes are compared, as loading does.
-        for _ in weights.load_tensors(family, self.shapes, self._files.keys(), self._meta, optional):
-            pass
-        self._sources = weights.sources(family, self.shapes, self._files.keys())
-
-    def has(self, name: str) -> bool:
-        return name in self._sources
-
-    def read(self, name: str) -> torch.Tensor:
-        """As the checkpoint has it, in memory of its own."""
-        source = self._sources[name]
-        return source.cut(self._files.copy(source.theirs))
+        super().__init__(path, config)
+        self.dtype = dtype
 
     def lazy(
         self,
@@ -50,7 +33,7 @@ class Weights:
         def load() -> torch.Tensor:
             if change is None:
                 return self.read(names[0]).to(dtype)
-            return change(*(self.read(name).float() for name in names)).to(dtype)
+            return change(*map(self.get, names)).to(dtype)
 
         return LazyTensor(tuple(shape), dtype, load)
 
@@ -70,6 +53,3 @@ class Weights:
 
     def plain(self, name: str) -> LazyTensor:
         return self.lazy(name, self.shapes[name])
-
-    def _meta(self, name: str) -> torch.Tensor:
-        return torch.empty(self._files.shape(name), dtype=self._files.dtype(name), device="meta")
