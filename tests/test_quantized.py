@@ -12,6 +12,7 @@ from llmctl.finetune.sites import find_sites  # noqa: E402
 from llmctl.models.config import ModelConfig  # noqa: E402
 from llmctl.models.initialization import new_model  # noqa: E402
 from llmctl.models.linear import Linear  # noqa: E402
+from llmctl.models.quantized_linear import QuantizedLinear  # noqa: E402
 from llmctl.models.shapes import for_parameters  # noqa: E402
 
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -19,6 +20,10 @@ IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 
 def small() -> ModelConfig:
     return for_parameters("llama", 200_000, 97, 64, {})
+
+
+def layer(linear: Linear, kind: str, double: bool) -> QuantizedLinear:
+    return QuantizedLinear(quantized.packed(linear.weight.detach(), kind, double), linear.bias, linear.weight.dtype)
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -32,7 +37,7 @@ def test_nf4_is_bitsandbytes(double):
     theirs = theirs.to("cpu")
     x = torch.randn(5, 128)
     with torch.no_grad():
-        ours = quantized.QuantizedLinear(linear, "nf4", double)
+        ours = layer(linear, "nf4", double)
         expected = theirs(x)
         torch.testing.assert_close(ours(x), expected, rtol=1e-3, atol=1e-3)
         assert 1e-3 < (expected - linear(x)).abs().max() < 0.5
@@ -42,7 +47,7 @@ def test_nf4_is_bitsandbytes(double):
 def test_products_and_gradients_are_those_of_the_unpacked_matrix(kind, error):
     torch.manual_seed(0)
     linear = Linear(128, 96)
-    packed = quantized.QuantizedLinear(linear, kind, True)
+    packed = layer(linear, kind, True)
     weight = packed.weight
     assert (weight - linear.weight).abs().mean() < error * linear.weight.abs().mean()
     x = torch.randn(3, 128, requires_grad=True)
@@ -50,7 +55,8 @@ def test_products_and_gradients_are_those_of_the_unpacked_matrix(kind, error):
     x2 = x.detach().clone().requires_grad_()
     torch.nn.functional.linear(x2, weight, linear.bias).square().sum().backward()
     torch.testing.assert_close(x.grad, x2.grad)
-    bits = packed.packed.numel() * packed.packed.element_size() * 8 / linear.weight.numel()
+    codes = packed.packed.codes if kind == "nf4" else packed.quantized.codes_PB
+    bits = codes.numel() * codes.element_size() * 8 / linear.weight.numel()
     assert bits == {"nf4": 4, "int8": 8}[kind]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from llmctl import lineage
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.finetune import methods, quantized
+from llmctl.finetune import methods
 from llmctl.finetune.data.prepare import default_seq_len
 from llmctl.finetune.data.store import ExampleSet
 from llmctl.finetune.heads import HEADED
@@ -18,6 +18,7 @@ from llmctl.finetune.settings import SOFT, FinetuneSettings
 from llmctl.models import families
 from llmctl.models.config import ModelConfig
 from llmctl.models.loading import usual_classifier
+from llmctl.models.quantized_linear import matrix_shapes
 from llmctl.quantities import format_count, format_size
 from llmctl.train import distributed, hardware, plan
 
@@ -181,7 +182,7 @@ _OWN_FLAGS = {
 def describe_trained(model: nn.Module) -> str:
     """What a person should know before the first step."""
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    packed = sum(shape.numel() for shape in quantized.matrix_shapes(model).values())
+    packed = sum(shape.numel() for shape in matrix_shapes(model).values())
     total = packed + sum(parameter.numel() for parameter in model.parameters())
     saved = (total - trained) * 4 * 3
     share = f"{trained / total:.2%}" if trained < total else "all"

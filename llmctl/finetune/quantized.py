@@ -1,69 +1,50 @@
-"""A frozen base in 4 or 8 bits under an adapter, as QLoRA has it (arXiv:2305.14314); bitsandbytes packs and unpacks."""
+"""A frozen base in 4 or 8 bits under an adapter, as QLoRA has it (arXiv:2305.14314)."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from llmctl.models import quantized_linear
 from llmctl.models.linear import Linear
+from llmctl.models.packed import AffineWeight
+from llmctl.models.quantized_linear import QuantizedLinear
+from llmctl.quantize import rounding
+from llmctl.quantize.layouts import bitsandbytes
+
+BLOCK = 64
 
 
-class QuantizedLinear(nn.Module):
-    """x W^T + bias with W [out, in] unpacked to the dtype of x when it is used, and again in the backward pass.
+@dataclass(frozen=True)
+class Nf4Weight:
+    """[out, in] in bitsandbytes' nf4: blocks of 64 weights to one scale, the scales in 8 bits too when `double`."""
 
-    "nf4": blocks of 64 weights to one scale, the scales in 8 bits too when `double`. "int8": one scale for a row.
-    """
+    codes: torch.Tensor
+    state: Any
+    shape: tuple[int, int]
 
-    def __init__(self, linear: Linear, kind: str, double: bool):
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        self.kind, self.bias, self._dtype = kind, linear.bias, linear.weight.dtype
-        functional = _bitsandbytes()
-        if kind == "nf4":
-            weight = linear.weight.detach().contiguous()
-            packed, self._state = functional.quantize_4bit(
-                weight, blocksize=64, quant_type="nf4", compress_statistics=double
-            )
-            scales = None
-        else:
-            packed, scales, _ = functional.int8_vectorwise_quant(linear.weight.detach().to(torch.float16))
-        self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scales", scales, persistent=False)
+    @classmethod
+    def of(cls, weight_NK: torch.Tensor, double: bool) -> Nf4Weight:
+        how = {"blocksize": BLOCK, "quant_type": "nf4", "compress_statistics": double}
+        return cls(*_functional().quantize_4bit(weight_NK.contiguous(), **how), tuple(weight_NK.shape))
 
-    @property
-    def weight(self) -> torch.Tensor:
-        """[out, in] in the dtype that it was packed from."""
-        return self.unpacked(self._dtype)
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return _functional().dequantize_4bit(self.codes, self.state).to(dtype)
 
-    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
-        if self.kind == "int8":
-            return (self.packed.to(dtype) * (self.scales / 127.0).to(dtype)[:, None]).detach()
-        if self._state.absmax.device != self.packed.device:
-            self._state.to(self.packed.device)
-        return _bitsandbytes().dequantize_4bit(self.packed, self._state).to(dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        y = _Product.apply(x.to(dtype), self)
-        return y if self.bias is None else y + self.bias.to(dtype)
+    def to(self, device: torch.device) -> Nf4Weight:
+        self.state.to(device)  # in place: bitsandbytes' states have no copy
+        return dataclasses.replace(self, codes=self.codes.to(device))
 
 
-class _Product(torch.autograd.Function):
-    """Keeps neither x nor the unpacked matrix."""
-
-    @staticmethod
-    def forward(ctx, x, module):
-        ctx.module = module
-        return F.linear(x, module.unpacked(x.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.module.unpacked(grad.dtype), None
+def packed(weight_NK: torch.Tensor, kind: str, double: bool) -> AffineWeight | Nf4Weight:
+    """A matrix [out, in] in "nf4", or in "int8" with one scale for a row."""
+    if kind == "nf4":
+        return Nf4Weight.of(weight_NK, double)
+    return bitsandbytes.of_8_bits(*rounding.in_llm_int8(weight_NK))
 
 
 def quantize(model: nn.Module, kind: str, double: bool) -> None:
@@ -71,19 +52,12 @@ def quantize(model: nn.Module, kind: str, double: bool) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear) and "layers." in name and not module.weight.requires_grad:
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, QuantizedLinear(module, kind, double))
+            weight = module.weight.detach()
+            layer = QuantizedLinear(packed(weight, kind, double), module.bias, weight.dtype)
+            setattr(model.get_submodule(owner), leaf, layer)
 
 
-def matrix_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shapes of packed matrices, those of a quantized checkpoint too, under the names that their weights had."""
-    return {
-        f"{name}.weight": torch.Size([module.out_features, module.in_features])
-        for name, module in model.named_modules()
-        if isinstance(module, (QuantizedLinear, quantized_linear.QuantizedLinear))
-    }
-
-
-def _bitsandbytes():
+def _functional():
     with warnings.catch_warnings():  # of optional kernels that it looks for
         warnings.simplefilter("ignore")
         from bitsandbytes import functional

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from llmctl.errors import CalledWrongly
-from llmctl.finetune import quantized
 from llmctl.models import families, weights
+from llmctl.models.quantized_linear import matrix_shapes
 
 KEYWORDS = {
     "attention": r"(.*\.)?(mixer|cross)\.\w+",
@@ -56,7 +56,7 @@ def plain_name(name: str) -> str:
 def parameter_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """By plain name, those of a quantized base included."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    return {plain_name(name): shape for name, shape in {**shapes, **quantized.matrix_shapes(model)}.items()}
+    return {plain_name(name): shape for name, shape in {**shapes, **matrix_shapes(model)}.items()}
 
 
 def find_sites(model: nn.Module) -> list[Site]:

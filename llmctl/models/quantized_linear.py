@@ -89,5 +89,10 @@ class _Product(torch.autograd.Function):
         return grad @ ctx.module.unpacked(grad.dtype), None
 
 
-def is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(module, QuantizedLinear) for module in model.modules())
+def matrix_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shapes [out, in] of a model's packed matrices, under the names that their weights had."""
+    return {
+        f"{name}.weight": torch.Size([module.out_features, module.in_features])
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }

@@ -52,16 +52,14 @@ class BitsAndBytes:
         if "SCB" not in self._modules[module]:
             return self._table(module)
         values_NK = parts.tensor(self._files, module, "weight", (None, None), (torch.int8,))
-        n_out, n_in = values_NK.shape
-        scales_N = parts.tensor(self._files, module, "SCB", (n_out,), (torch.float32,))
+        scales_N = parts.tensor(self._files, module, "SCB", (len(values_NK),), (torch.float32,))
         scales_N = parts.is_finite(self._files, f"{module}.SCB", scales_N)
         if self._files.get(f"{module}.weight_format").item() if "weight_format" in self._modules[module] else 0:
             raise UserError(
                 f"{self._files.path}: {module} is in a GPU's own order; llmctl reads rows",
                 hint="save it again with bitsandbytes 0.45 or later",
             )
-        codes_NK = (values_NK.to(torch.int16) + 128).to(torch.uint8)
-        return AffineWeight(codes_NK, scales_N[:, None] / 127, None, 8, n_in)
+        return of_8_bits(values_NK, scales_N)
 
     def _table(self, module: str) -> TableWeight:
         state, (n_out, n_in) = self._state(module), self.shape(module)
@@ -90,6 +88,12 @@ class BitsAndBytes:
             return {**state, "shape": (int(n_out), int(n_in)), "blocksize": int(state["blocksize"])}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self._files.path}: {module}.{ending} is no description of 4-bit weights") from error
+
+
+def of_8_bits(values_NK: torch.Tensor, largest_N: torch.Tensor) -> AffineWeight:
+    """A matrix of int8 values and the largest of each row, float32."""
+    codes_NK = (values_NK.to(torch.int16) + 128).to(torch.uint8)
+    return AffineWeight(codes_NK, largest_N[:, None] / 127, None, 8, values_NK.shape[1])
 
 
 def stored_8_bits(values_NK: torch.Tensor, largest_N: torch.Tensor) -> dict[str, torch.Tensor]:
