@@ -6,9 +6,8 @@ changes the outputs least, by the activations' second moments. Rounding is to th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,9 +20,7 @@ from llmctl.quantize import rounding, storage
 from llmctl.quantize.hessian import Hessians
 from llmctl.quantize.layerwise import Layer, Layerwise
 from llmctl.quantize.layouts import compressed_tensors
-from llmctl.quantize.matrices import Matrix
-from llmctl.quantize.scheme import Scheme
-from llmctl.quantize.settings import QuantizeSettings
+from llmctl.quantize.method import Method
 from llmctl.quantize.spool import Spool
 
 EXPONENTS = tuple(i / 20 for i in range(20))
@@ -41,19 +38,11 @@ class _Place:
     heads: tuple[int, int, int] | None = None
 
 
-class Awq:
+class Awq(Method):
     """The method over a whole checkpoint, layer by layer."""
 
-    def __init__(
-        self,
-        path: Path,
-        matrices: list[Matrix],
-        schemes: Mapping[str, Scheme],
-        dtype: torch.dtype,
-        settings: QuantizeSettings,
-    ):
-        self._path, self._matrices, self._schemes, self._dtype = path, matrices, schemes, dtype
-        self._scheme_of = {ours: schemes[matrix.theirs] for matrix in matrices for ours in matrix.ours}
+    def __init__(self, *job):
+        super().__init__(*job)
         self._changed: dict[str, torch.Tensor] = {}
         self._importance: dict[str, torch.Tensor] = {}
 

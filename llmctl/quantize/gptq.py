@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
 
 from llmctl.errors import UserError
@@ -13,9 +10,8 @@ from llmctl.quantize import rounding, storage
 from llmctl.quantize.hessian import Hessians
 from llmctl.quantize.layerwise import Layer, Layerwise
 from llmctl.quantize.layouts import compressed_tensors
-from llmctl.quantize.matrices import Matrix
+from llmctl.quantize.method import Method
 from llmctl.quantize.scheme import Scheme
-from llmctl.quantize.settings import QuantizeSettings
 from llmctl.quantize.spool import Spool
 
 LEAF = 16
@@ -132,20 +128,11 @@ class _Rounds:
             self._weight_KN[column + 1 : last].addr_(self._upper_KK[column, column + 1 : last], error_N, alpha=-1)
 
 
-class Gptq:
+class Gptq(Method):
     """The method over a whole checkpoint, layer by layer."""
 
-    def __init__(
-        self,
-        path: Path,
-        matrices: list[Matrix],
-        schemes: Mapping[str, Scheme],
-        dtype: torch.dtype,
-        settings: QuantizeSettings,
-    ):
-        self._path, self._matrices, self._schemes, self._settings = path, matrices, schemes, settings
-        self._dtype = dtype
-        self._scheme_of = {ours: schemes[matrix.theirs] for matrix in matrices for ours in matrix.ours}
+    def __init__(self, *job):
+        super().__init__(*job)
         self._done: dict[str, AffineWeight] = {}
 
     def run(self, ids_BT: torch.Tensor, spool: Spool, progress) -> dict[str, torch.Tensor]:
