@@ -14,7 +14,7 @@ from llmctl.errors import UserError
 from llmctl.evaluate import scores
 from llmctl.models.language_model import LanguageModel
 
-_RIDGE = 1e-3
+_RIDGE, _FITTED_TOKENS = 1e-3, 1024
 
 
 class _Labelled(nn.Module):
@@ -43,9 +43,7 @@ class _Labelled(nn.Module):
     @torch.no_grad()
     def begin_with(self, inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> None:
         """Fit a fresh head to what the model makes of these texts."""
-        self._fit(self.model.eval().features(inputs_BT, _is_real(inputs_BT, lengths_B)))
-
-    def _fit(self, features_BD: torch.Tensor) -> None:
+        features_BD = self.model.eval().features(inputs_BT, _is_real(inputs_BT, lengths_B))
         self.model.classifier.standardize(features_BD)
 
     def _result(self, losses_N: torch.Tensor, counted_N: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor:
@@ -105,15 +103,22 @@ class Regression(_Labelled):
         predicted_N, true_N = rows_2N.numpy()
         return {"spearman": scores.spearman(predicted_N, true_N), "rmse": scores.rmse(predicted_N, true_N)}
 
-    def _fit(self, features_BD: torch.Tensor) -> None:
-        """A head without a bias gets the weights, by ridge regression, with which the texts come nearest to the mean."""
-        super()._fit(features_BD)
+    @torch.no_grad()
+    def begin_with(self, inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> None:
+        """A head without a bias gets the weights, by ridge regression, with which texts come nearest to the mean.
+
+        It is fitted to every token of these texts, not to what the head reads alone: a text that ends otherwise than these
+        do has no bias either to bring it near.
+        """
+        super().begin_with(inputs_BT, lengths_B)
         if self.model.classifier.out.bias is not None:
             return
-        features_BD = features_BD.double().cpu()
-        products_BB = features_BD @ features_BD.mT
-        ridge = _RIDGE * products_BB.diagonal().mean() * torch.eye(len(features_BD))
-        constant_D = features_BD.mT @ torch.linalg.solve(products_BB + ridge, torch.ones(len(features_BD)).double())
+        is_real_BT = _is_real(inputs_BT, lengths_B)
+        hidden_ND = self.model.hidden(inputs_BT, is_real_BT)[is_real_BT]
+        hidden_ND = hidden_ND[:: -(-len(hidden_ND) // _FITTED_TOKENS)].double().cpu()
+        products_NN = hidden_ND @ hidden_ND.mT
+        ridge = _RIDGE * products_NN.diagonal().mean() * torch.eye(len(hidden_ND))
+        constant_D = hidden_ND.mT @ torch.linalg.solve(products_NN + ridge, torch.ones(len(hidden_ND)).double())
         self.model.classifier.out.weight.copy_(self._mean / self._scale * constant_D)
 
     @contextlib.contextmanager
