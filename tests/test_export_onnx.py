@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 
 import pytest
@@ -16,6 +18,7 @@ import test_decoder_families as decoders  # noqa: E402
 import test_encoder_families as encoders  # noqa: E402
 import test_seq2seq_families as translators  # noqa: E402
 
+from llmctl import lineage  # noqa: E402
 from llmctl.chat.reuse import RememberingModel  # noqa: E402
 from llmctl.embedding.embedder import pool  # noqa: E402
 from llmctl.errors import CalledWrongly, CheckFailed, UserError  # noqa: E402
@@ -37,6 +40,8 @@ from llmctl.tokenizer import Tokenizer  # noqa: E402
 
 TOLERANCE = 1e-4
 MORE = ("llama-dynamic", "phi3-longrope", "phi3-window-partial", "qwen3_moe-mixed", "smollm3-windows")
+
+SMALL_BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
 
 def exported(reference, **settings):
@@ -269,10 +274,126 @@ def test_adapters_are_folded_in(llama, tmp_path):
         Session.open(tmp_path / "out", adapters=[str(tmp_path / "adapter")])
 
 
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("llama", {}), ("llama", {"fuse": True}), ("gpt2", {"fuse": True}), ("bert", {}), ("llama", {"dtype": "float16"})],
+    ids=["plain", "fused", "gpt2", "encoder", "half"],
+)
+def test_adapters_are_inputs(name, how, tmp_path):
+    """Without one the base, with one or two what peft computes: in llmctl, and with the files in onnxruntime and genai."""
+    peft = pytest.importorskip("peft")
+    task, config = "CausalLM", transformers.LlamaConfig(**decoders.shape(vocab_size=257, hidden_size=64))
+    targets = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "bert": ["query", "dense"]}[
+        name
+    ]
+    if name == "gpt2":
+        config = transformers.GPT2Config(vocab_size=257, n_positions=40, n_embd=64, n_layer=2, n_head=4)
+    elif name == "bert":
+        task, config = "MaskedLM", transformers.BertConfig(vocab_size=257, **SMALL_BERT)
+    reference = checks.reference(config, tmp_path, getattr(transformers, f"AutoModelFor{task}"))
+    Tokenizer.bytes().save(reference.directory)
+    ids = checks.token_ids(257, 2, 20)
+    with torch.no_grad():
+        base = reference.model(ids).logits
+    paths = [tmp_path / "first", tmp_path / "second"]
+    for rank, path in enumerate(paths, 3):
+        lora = peft.LoraConfig(r=rank, lora_alpha=9, target_modules=targets, init_lora_weights=False)
+        theirs = peft.get_peft_model(copy.deepcopy(reference.model), lora)
+        theirs.save_pretrained(path)
+    whole = peft.PeftModel.from_pretrained(copy.deepcopy(reference.model), paths[0])
+    with torch.no_grad():
+        expected = whole(ids).logits
+    out, tolerance = tmp_path / "out", 0.02 if how.get("dtype") else TOLERANCE
+    export(reference.directory, out, OnnxSettings(adapter=(str(paths[0]),), adapter_inputs=True, **how))
+    assert (expected - base).abs().max() > 0.1 + tolerance
+    assert (open_model(out, "cpu")(ids) - base).abs().max() < tolerance
+    assert (open_model(out, "cpu", adapters=[(paths[0], 1.0)])(ids) - expected).abs().max() < tolerance
+    both = peft.PeftModel.from_pretrained(reference.model, paths[0], "first")
+    both.load_adapter(paths[1], "second")
+    both.add_weighted_adapter(["first", "second"], [0.3, 0.6], "both", combination_type="cat")
+    both.set_adapter("both")
+    with torch.no_grad():
+        expected_of_both = both(ids).logits
+    two = open_model(out, "cpu", adapters=list(zip(paths, (0.3, 0.6))))
+    assert (two(ids) - expected_of_both).abs().max() < tolerance
+    if name == "llama" and not how.get("dtype"):
+        _runs_beside(out, ids, expected)
+
+
+def _runs_beside(out, ids, expected):
+    """The file of an adapter, in onnxruntime's hands and in those of onnxruntime-genai."""
+    import onnxruntime
+
+    file = str(out / "adapters" / "first.onnx_adapter")
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    loaded, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+    loaded.Load(file)
+    options.add_active_adapter(loaded)
+    feeds = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+    places = {place.name: place for place in session.get_inputs()}
+    if "position_ids" in places:
+        feeds["position_ids"] = torch.arange(ids.shape[1]).expand_as(ids).numpy()
+    for place in places.values():
+        if place.name.startswith("past_"):
+            feeds[place.name] = torch.zeros(2, place.shape[1], 0, place.shape[3]).numpy()
+    found = torch.from_numpy(session.run(["logits"], feeds, options)[0])
+    assert (found - expected).abs().max() < TOLERANCE
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = genai.Model(str(out))
+    adapters, settings = genai.Adapters(model), genai.GeneratorParams(model)
+    adapters.load(file, "first")
+    settings.set_search_options(max_length=ids.shape[1] + 1, do_sample=False)
+    generator = genai.Generator(model, settings)
+    generator.set_active_adapter(adapters, "first")
+    generator.append_tokens(ids[0].tolist())
+    generator.generate_next_token()
+    assert int(generator.get_sequence(0)[-1]) == int(expected[0, -1].argmax())
+
+
+def test_adapters_that_cannot_be_inputs(llama, tmp_path):
+    peft = pytest.importorskip("peft")
+    cases = {
+        "dora": ({"use_dora": True, "target_modules": ["q_proj"]}, "only plain LoRA"),
+        "embedding": ({"target_modules": ["embed_tokens"]}, "only plain LoRA"),
+        "whole": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "only plain LoRA"),
+        "other": ({"target_modules": ["k_proj"]}, "has no input layers.0.mixer.k_proj.lora_A"),
+        "good": ({"target_modules": ["q_proj"]}, None),
+    }
+    for name, (how, _) in cases.items():
+        theirs = peft.get_peft_model(copy.deepcopy(llama.model), peft.LoraConfig(r=2, init_lora_weights=False, **how))
+        theirs.save_pretrained(tmp_path / name)
+    good = OnnxSettings(adapter=(str(tmp_path / "good"),), adapter_inputs=True)
+    export(llama.directory, tmp_path / "out", good)
+    for name, (_, told) in cases.items():
+        if name in ("dora", "embedding", "whole"):
+            with pytest.raises(UserError, match=told):
+                export(llama.directory, tmp_path / "no", dataclasses.replace(good, adapter=(str(tmp_path / name),)))
+    with pytest.raises(UserError, match=cases["other"][1]):
+        Session.open(tmp_path / "out", adapters=[str(tmp_path / "other")])
+    with pytest.raises(CalledWrongly, match="is what an adapter says"):
+        export(llama.directory, tmp_path / "no", OnnxSettings(adapter_inputs=True))
+    lineage.write(tmp_path / "good", lineage.Lineage("finetune", parent_sha256="0" * 64))
+    with pytest.raises(UserError, match="trained on another base"):
+        Session.open(tmp_path / "out", adapters=[str(tmp_path / "good")])
+    parent = lineage.weights_sha256(llama.directory)
+    lineage.write(tmp_path / "good", lineage.Lineage("finetune", parent_sha256=parent))
+    assert Session.open(tmp_path / "out", adapters=[str(tmp_path / "good")])
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_result_that_differs_is_not_left(llama, tmp_path):
     with pytest.raises(CheckFailed, match="does not compute"):
         export(llama.directory, tmp_path / "out", OnnxSettings(quantize="int4", tolerance=0.0))
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_a_fused_graph_has_no_more_than_it_needs(llama):
+    """All that is computed reaches an output; GroupQueryAttention counts by itself, so that no places are."""
+    exported(llama, fuse=True)
+    graph = onnx.load(llama.path / "onnx" / "model.onnx").graph
+    used = {name for node in graph.node for name in node.input} | {place.name for place in graph.output}
+    assert not [node.name for node in graph.node if not used.intersection(node.output)]
+    assert not {"Range", "Identity"}.intersection(node.op_type for node in graph.node)
 
 
 @pytest.mark.parametrize(

@@ -70,13 +70,9 @@ class Assembly:
             if provider is not None:
                 raise CalledWrongly(f"--provider is for models on onnxruntime; {self.base} is a checkpoint")
             return None
-        if self.adapters:
-            raise CalledWrongly(
-                f"{self.base}: an exported model takes no adapters", hint="export-onnx --adapter has them"
-            )
         from llmctl.run_onnx.opening import open_model  # onnxruntime takes long to import
 
-        return open_model(self.base, provider, device, dtype)
+        return open_model(self.base, provider, device, dtype, adapters=self.adapters)
 
     def tokenizer(self) -> Tokenizer:
         """The last adapter's that brings one, which is what it was trained with, else the base's."""
@@ -96,10 +92,17 @@ class Assembly:
 
 
 def refuse_other_base(path: Path, base: Path, sha256: Callable[[], str] | None = None) -> None:
-    """Raise UserError where an adapter's lineage says that it was trained on another base; `sha256()` is that of `base`."""
+    """Raise UserError where an adapter's lineage says that it was trained on another base; `sha256()` is that of `base`.
+
+    Of an exported model that is the checkpoint that it was made of.
+    """
     record = lineage.read(path)
     if record is None or record.parent_sha256 is None:
         return
+    if sha256 is None and is_exported(base):
+        if (made := lineage.read(base)) is None or made.parent_sha256 is None:
+            return
+        sha256 = lambda: made.parent_sha256  # noqa: E731
     if record.parent_sha256 != (found := sha256() if sha256 else lineage.weights_sha256(base)):
         raise UserError(
             f"{path}: trained on another base ({record.parent_sha256[:12]}; {base} is {found[:12]})",

@@ -40,7 +40,8 @@ def provider_name(provider: str | None, device: torch.device | str | None = None
 
 
 class GraphSession:
-    """`inputs` and `outputs` are (dtype, shape) by name; a shape has names for what is dynamic."""
+    """`inputs` and `outputs` are (dtype, shape) by name; a shape has names for what is dynamic. `optional` are the names of
+    inputs that have values where none are given."""
 
     def __init__(self, path: Path, provider: str, options: onnxruntime.SessionOptions | None = None):
         """Raises UserError where the file is broken, or the provider does not start or lacks an operator."""
@@ -53,11 +54,13 @@ class GraphSession:
         if self._session.get_providers()[0] != provider:
             raise UserError(f"{provider} does not start here", hint="--provider cpu always can")
         self.device = torch.device("cuda" if provider == _SHORT["cuda"] else "cpu")
-        self._types = {
-            place.name: _DTYPES[place.type] for place in (*self._session.get_inputs(), *self._session.get_outputs())
-        }
-        self.inputs = {place.name: (self._types[place.name][0], place.shape) for place in self._session.get_inputs()}
-        self.outputs = {place.name: (self._types[place.name][0], place.shape) for place in self._session.get_outputs()}
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        optional = self._session.get_overridable_initializers()
+        self._types = {place.name: _DTYPES[place.type] for place in (*inputs, *outputs, *optional)}
+        self.inputs = {place.name: (self._types[place.name][0], place.shape) for place in inputs}
+        self.outputs = {place.name: (self._types[place.name][0], place.shape) for place in outputs}
+        self.optional = {place.name for place in optional}
+        self._given: dict[str, torch.Tensor] = {}
         self.metadata = self._session.get_modelmeta().custom_metadata_map
         self._nothing = torch.zeros(1, device=self.device)
 
@@ -65,8 +68,17 @@ class GraphSession:
         """Itself: a copy of a cache runs on the same weights."""
         return self
 
+    def give(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Values of optional inputs, for every run from now on."""
+        self._given = {
+            name: tensor.to(self.device, self._types[name][0]).contiguous() for name, tensor in tensors.items()
+        }
+
     def binding(self) -> onnxruntime.IOBinding:
-        return self._session.io_binding()
+        binding = self._session.io_binding()
+        for name, tensor in self._given.items():
+            self.bind_input(binding, name, tensor)
+        return binding
 
     def bind_input(self, binding: onnxruntime.IOBinding, name: str, tensor: torch.Tensor) -> None:
         """`tensor` is contiguous, and lives as long as the binding is used."""

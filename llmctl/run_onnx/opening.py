@@ -11,6 +11,7 @@ import torch
 
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.models.loading import read_config
+from llmctl.run_onnx.adapters import Adapters, give
 from llmctl.run_onnx.causal import OnnxCausalLM
 from llmctl.run_onnx.files import DECODER, ENCODER, FOLLOWING, MERGED, SINGLE
 from llmctl.run_onnx.graph_session import GraphSession, provider_name
@@ -28,11 +29,20 @@ def open_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     options: onnxruntime.SessionOptions | None = None,
+    adapters: Adapters = (),
 ) -> OnnxModel:
     """`provider` is cpu, cuda or onnxruntime's own name for one; by default what suits the device.
 
-    Raises UserError for a provider that is not there, and for files that are missing or cannot be run.
+    Raises UserError for a provider that is not there, for files that are missing or cannot be run, and for adapters that the
+    graph has no inputs for.
     """
+    model = _opened(path, provider, device, dtype, options)
+    if adapters:
+        give(model, adapters)
+    return model
+
+
+def _opened(path, provider, device, dtype, options) -> OnnxModel:
     path, config = Path(path), read_config(path)
     if dtype is not None:
         raise CalledWrongly(f"{path}: an exported model computes in the dtype of its files; --dtype does not apply")

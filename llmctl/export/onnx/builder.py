@@ -14,13 +14,15 @@ from llmctl.export.onnx.weights import Weights
 @dataclass
 class Builder:
     """`fuse`: rotations, and sums with norms, are operators of onnxruntime's own (domain com.microsoft); `groups`: so is
-    the attention of a decoder, as GroupQueryAttention, which counts tokens by row and so is in all layers or in none."""
+    the attention of a decoder, as GroupQueryAttention, which counts tokens by row and so is in all layers or in none.
+    `adapted` are the modules to which an adapter may be given when the graph is run."""
 
     graph: Graph
     weights: Weights
     fuse: bool = False
     groups: bool = False
     quantization: Quantization | None = None
+    adapted: frozenset[str] = frozenset()
 
     def weight(self, name: str) -> Value:
         """A tensor of the checkpoint as it is."""

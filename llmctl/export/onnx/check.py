@@ -11,10 +11,12 @@ import torch
 from llmctl import agreement
 from llmctl.errors import CheckFailed
 from llmctl.export.onnx.settings import LOGITS, TOLERANCES, OnnxSettings
+from llmctl.finetune import adapter
 from llmctl.models import rope_scaling
 from llmctl.models.config import ModelConfig
 from llmctl.models.streaming import StreamedModel
 from llmctl.quantize.stored import CONFIG_KEY
+from llmctl.run_onnx.adapters import Adapters
 from llmctl.run_onnx.graph_session import session_options
 from llmctl.run_onnx.opening import OnnxModel, open_model
 from llmctl.tokenizer import Tokenizer
@@ -43,10 +45,22 @@ class Checked:
         return f"largest error {self.largest_error:.2g} over lengths, batches and cached continuation{text}{told}"
 
 
-def check(source: Path, exported: Path, provider: str, tokenizer: Tokenizer | None, settings: OnnxSettings) -> Checked:
-    """Raises CheckFailed where they differ by more than `settings` allow."""
-    before = StreamedModel(source)
-    after = open_model(exported, provider, options=_frugal(settings))
+def check(
+    source: Path,
+    exported: Path,
+    provider: str,
+    tokenizer: Tokenizer | None,
+    settings: OnnxSettings,
+    adapters: Adapters = (),
+) -> Checked:
+    """`adapters` stand beside both. Raises CheckFailed where they differ by more than `settings` allow."""
+
+    def attach(model: torch.nn.Module) -> None:
+        for path, weight in adapters:
+            adapter.load(model, path, weight)
+
+    before = StreamedModel(source, change=attach)
+    after = open_model(exported, provider, options=_frugal(settings), adapters=adapters)
     probes = agreement.probe_ids(tokenizer, before.config.vocab_size)
     probes = probes[:, : longest(before.config)]
     compare = {"causal": _causal, "masked": _masked, "seq2seq": _seq2seq}[before.config.kind]

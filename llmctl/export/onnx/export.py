@@ -14,6 +14,7 @@ import torch
 
 from llmctl import allocator, files, lineage
 from llmctl.embedding.embedder import usual_pooling
+from llmctl.errors import CalledWrongly, UserError
 from llmctl.export.onnx import causal, check, genai, masked, seq2seq, support, writing
 from llmctl.export.onnx.attention import groups_queries
 from llmctl.export.onnx.builder import Builder
@@ -28,6 +29,7 @@ from llmctl.generation.settings import read_generation_config, read_marks
 from llmctl.models.config import ModelConfig, Recurrent
 from llmctl.models.loading import read_config, stored_config, write_config
 from llmctl.quantize.stored import CONFIG_KEY
+from llmctl.run_onnx import adapters
 from llmctl.run_onnx.files import DECODER, ENCODER, FOLLOWING, MERGED, SINGLE
 from llmctl.run_onnx.opening import PADS
 from llmctl.tokenization.files import has_tokenizer
@@ -45,22 +47,27 @@ class Exported:
 
 
 def export(model: str | Path, output: str | Path, settings: OnnxSettings) -> Exported:
-    """Write MODEL, with its adapters folded in, as ONNX files with everything that runs them.
+    """Write MODEL, with its adapters folded in or as inputs, as ONNX files with everything that runs them.
 
     Raises UserError or CalledWrongly, before any work, for what has no ONNX form or cannot run here, and CheckFailed where
     the result does not compute what the model does; nothing is left under `output` then.
     """
     assembly = Assembly.find(model, settings.adapter, settings.force)
-    provider = support.refuse(read_config(assembly.base), settings)
+    provider = support.refuse(read_config(assembly.base), settings, len(assembly.adapters))
     files.refuse_existing(output, settings.overwrite)
     allocator.return_freed_memory()
     with files.staged_directory(output, settings.overwrite) as directory:
-        source = _merged(assembly, directory / "merged", settings)
+        source = assembly.base if settings.adapter_inputs else _merged(assembly, directory / "merged", settings)
         spec = stored_config(source)
+        beside = assembly.adapters if settings.adapter_inputs else ()
+        adapted = frozenset(adapters.modules(spec, beside))
         tokenizer = assembly.tokenizer() if has_tokenizer(assembly.base) else None
-        _write_graphs(source, directory, spec, settings)
+        _write_graphs(source, directory, spec, settings, adapted)
         _write_companions(assembly, directory, spec, tokenizer, settings)
+        _write_adapters(spec, beside, directory)
         checked = check.check(source, directory, provider, tokenizer, settings)
+        for each in beside:
+            check.check(source, directory, provider, tokenizer, settings, [each])
         shutil.rmtree(directory / "merged", ignore_errors=True)
         record = lineage.Lineage(
             command="export-onnx",
@@ -91,16 +98,36 @@ def _merged(assembly: Assembly, place: Path, settings: OnnxSettings) -> Path:
     return place
 
 
-def _write_graphs(source: Path, directory: Path, spec: ModelConfig, settings: OnnxSettings) -> None:
+def _write_adapters(spec: ModelConfig, beside: adapters.Adapters, directory: Path) -> None:
+    """Each as a file that onnxruntime and onnxruntime-genai load beside the graph."""
+    for path, weight in beside:
+        (directory / "adapters").mkdir(exist_ok=True)
+        file = directory / "adapters" / f"{path.absolute().name}.onnx_adapter"
+        if file.exists():
+            raise CalledWrongly(
+                f"--adapter: two adapters are called {path.absolute().name}", hint="rename one directory"
+            )
+        adapters.write(file, adapters.inputs(spec, [(path, weight)]))
+
+
+def _write_graphs(
+    source: Path, directory: Path, spec: ModelConfig, settings: OnnxSettings, adapted: frozenset[str]
+) -> None:
     dtype = getattr(torch, settings.dtype)
     weights = Weights(source, spec, dtype)
     bits = {"int4": 4, "int8": 8}.get(settings.quantize)
     quantization = None if bits is None else Quantization(bits, settings.group_size)
     graphs: dict[str, Graph] = {}
     for name, build in _plans(source, spec, settings):
-        b = Builder(Graph(dtype), weights, settings.fuse, quantization=quantization)
+        b = Builder(Graph(dtype), weights, settings.fuse, quantization=quantization, adapted=adapted)
         build(b)
         graphs[name] = b.graph
+        inputs = {place.name for place in b.graph.inputs}
+        if lacking := [name for name in adapted if adapters.input_names(name)[0] not in inputs]:
+            raise UserError(
+                f"--adapter-inputs: {sorted(lacking)[0]} cannot have an adapter as inputs ({len(lacking)} such modules)",
+                hint="without --adapter-inputs it is folded in",
+            )
     files.check_free_space(directory, sum(writing.weight_bytes(graph) for graph in graphs.values()))
     metadata = {PADS: "right" if _pads_right(spec, settings.fuse) else "left"}
     for name, graph in graphs.items():

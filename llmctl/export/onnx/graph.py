@@ -105,8 +105,15 @@ class Graph:
         self.inputs.append(onnx.helper.make_tensor_value_info(name, type_, shape))
         return Value(self, name, type_)
 
+    def optional_input(self, name: str, default: LazyTensor, shape: Sequence[int | str]) -> Value:
+        """One that is `default` where it is not given."""
+        self.inputs.append(onnx.helper.make_tensor_value_info(name, TYPES[default.dtype], shape))
+        return self.weight(name, default)
+
     def output(self, name: str, value: Value, shape: Sequence[int | str]) -> None:
         """Give a value out under this name; one that a node has just made may have been named so already."""
+        if value.name != name and self.nodes and self.nodes[-1].output == [value.name]:  # nothing has read it yet
+            self.nodes[-1].output[0] = value.name = name
         if value.name != name:
             self._add("Identity", [value.name], [name])
         self.outputs.append(onnx.helper.make_tensor_value_info(name, value.type, shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from llmctl.export.onnx.builder import Builder
 from llmctl.export.onnx.graph import MICROSOFT, Value
 from llmctl.export.onnx.packed import packed_groups
 from llmctl.export.onnx.quantization import Groups
+from llmctl.run_onnx.adapters import input_names
 from llmctl.tensor_file import LazyTensor
 
 FAST = 4
@@ -19,6 +21,9 @@ FAST = 4
 def linear(b: Builder, names: str | Sequence[str], x: Value) -> Value:
     """x [..., K] -> [..., N] through the module of that name, or through several whose outputs stand side by side."""
     names = [names] if isinstance(names, str) else list(names)
+    if b.adapted.intersection(names):
+        parts = [_adapted(b, name, x) if name in b.adapted else linear(b, name, x) for name in names]
+        return parts[0] if len(parts) == 1 else b.graph.concat(*parts)
     weights = [f"{name}.weight" for name in names]
     n_out, n_in = sum(b.weights.shapes[name][0] for name in weights), b.weights.shapes[weights[0]][1]
     bias = None
@@ -30,6 +35,17 @@ def linear(b: Builder, names: str | Sequence[str], x: Value) -> Value:
         return b.graph.concat(*(linear(b, name, x) for name in names))
     tensor_NK = b.weights.lazy(weights, (n_out, n_in), lambda *parts: torch.cat(parts))
     return product(b, "+".join(weights), tensor_NK, x, bias)
+
+
+def _adapted(b: Builder, name: str, x: Value) -> Value:
+    """With x lora_A lora_B added, which are inputs (`run_onnx.adapters`); without them they have no columns and no rows."""
+    g, rank = b.graph, f"{name}.rank"
+    n_out, n_in = b.weights.shapes[f"{name}.weight"]
+    low = x
+    for each, shape in zip(input_names(name), ([n_in, 0], [0, n_out])):
+        none = LazyTensor(tuple(shape), g.dtype, lambda shape=shape: torch.zeros(shape, dtype=g.dtype))
+        low = low @ g.optional_input(each, none, [size or rank for size in shape])
+    return linear(dataclasses.replace(b, adapted=frozenset()), name, x) + low
 
 
 def product(b: Builder, name: str, tensor_NK: LazyTensor, x: Value, bias: Value | None = None) -> Value:

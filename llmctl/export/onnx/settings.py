@@ -38,6 +38,11 @@ class OnnxSettings:
         "auto", "Of an encoder's output sentence_embedding; auto is what the checkpoint says, else mean."
     )
     adapter: tuple[str, ...] = _flag((), "Fold this adapter in first; repeatable.", metavar="PATH[:WEIGHT]")
+    adapter_inputs: bool = _flag(
+        False,
+        "Do not fold adapters in: the graph takes LoRA matrices of the modules that they change as inputs, these adapters' "
+        "or others', and adapters/NAME.onnx_adapter has each for onnxruntime.",
+    )
     force: bool = _flag(False, "Use an adapter that was trained on another base.")
     provider: str | None = _flag(
         None, "Of onnxruntime, for the check: cpu, cuda, or its own name for one.", metavar="NAME", show_default="cpu"

@@ -22,7 +22,7 @@ _REASONS = {
 }
 
 
-def refuse(spec: config.ModelConfig, settings: OnnxSettings) -> str:
+def refuse(spec: config.ModelConfig, settings: OnnxSettings, n_adapters: int = 0) -> str:
     """Raise UserError or CalledWrongly for what has no ONNX form, or cannot be checked here; the provider's full name."""
     for stack in filter(None, (spec, spec.encoder)):
         for layer in range(stack.n_layers):
@@ -33,6 +33,12 @@ def refuse(spec: config.ModelConfig, settings: OnnxSettings) -> str:
                 )
     if settings.merged_decoder and spec.encoder is None:
         raise CalledWrongly(f"--merged-decoder: {spec.family} is no encoder-decoder")
+    if settings.adapter_inputs and not n_adapters:
+        raise CalledWrongly(
+            "--adapter-inputs: which modules have such inputs is what an adapter says", "--adapter PATH"
+        )
+    if settings.adapter_inputs and spec.encoder is not None:
+        raise CalledWrongly("--adapter-inputs: the graphs of an encoder-decoder have none; --adapter is folded in")
     if settings.group_size & (settings.group_size - 1):
         raise CalledWrongly(f"--group-size {settings.group_size}: expected a power of 2")
     provider = provider_name(settings.provider)

@@ -31,18 +31,28 @@ def weight_bytes(graph: Graph) -> int:
 
 def write(graph: Graph, path: Path, opset: int, metadata: Mapping[str, str], external_above: int) -> None:
     """Write `path`, and beside it `path`.data where the weights have more than `external_above` bytes."""
-    used = {name for node in _all_nodes(graph.nodes) for name in node.input} | {value.name for value in graph.outputs}
+    nodes, used = _needed(graph)
     stored = {name: tensor for name, tensor in graph.stored.items() if name in used}
     external: dict[str, LazyTensor] = {}
     if sum(tensor.nbytes for tensor in stored.values()) > min(external_above, LARGEST_MESSAGE - 2**24):
         external = {name: tensor for name, tensor in stored.items() if tensor.nbytes > INLINE_BYTES}
-    message = onnx.helper.make_graph(graph.nodes, "main_graph", graph.inputs, graph.outputs)
+    message = onnx.helper.make_graph(nodes, "main_graph", graph.inputs, graph.outputs)
     if external:
         message.initializer.extend(_write_data(path.with_name(f"{path.name}.data"), external))
     opsets = [onnx.helper.make_opsetid("", opset), *(onnx.helper.make_opsetid(name, 1) for name in graph.domains)]
     model = onnx.ModelProto(ir_version=IR_VERSION, producer_name="llmctl", opset_import=opsets)
     onnx.helper.set_model_props(model, dict(metadata))
     _write_model(path, model, message, {name: tensor for name, tensor in stored.items() if name not in external})
+
+
+def _needed(graph: Graph) -> tuple[list[onnx.NodeProto], set[str]]:
+    """The nodes that outputs hang on, and the names of all that these read."""
+    used, kept = {place.name for place in graph.outputs}, []
+    for node in reversed(graph.nodes):
+        if used.intersection(node.output):
+            kept.append(node)
+            used.update(name for each in _all_nodes([node]) for name in each.input)
+    return kept[::-1], used
 
 
 def _all_nodes(nodes) -> Iterator[onnx.NodeProto]:
