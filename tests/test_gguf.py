@@ -22,6 +22,7 @@ gguf = pytest.importorskip("gguf")
 
 import family_checks as checks  # noqa: E402
 from test_decoder_families import CONFIGS, GEMMA2, GEMMA3, LLAMA3, SHAPE, YARN, longrope  # noqa: E402
+from test_tokenizer_sentencepiece import T5_IDS, train  # noqa: E402, F401
 
 from llmctl import lineage  # noqa: E402
 from llmctl.errors import UserError  # noqa: E402
@@ -33,10 +34,12 @@ from llmctl.export.gguf.settings import ExportGgufSettings  # noqa: E402
 from llmctl.finetune.assembly import Assembly  # noqa: E402
 from llmctl.generation.session import Session  # noqa: E402
 from llmctl.generation.settings import Sampling  # noqa: E402
-from llmctl.gguf import k_quants  # noqa: E402
+from llmctl.gguf import k_quants, vocabulary  # noqa: E402
 from llmctl.inspection import inspect  # noqa: E402
 from llmctl.models.loading import load_model, read_config, save_model  # noqa: E402
 from llmctl.models.quantized_linear import QuantizedLinear  # noqa: E402
+from llmctl.quantize.run import quantize  # noqa: E402
+from llmctl.quantize.settings import QuantizeSettings  # noqa: E402
 from llmctl.tokenizer import Tokenizer  # noqa: E402
 
 LLAMA_CPP = os.environ.get("LLMCTL_LLAMA_CPP_PYTHON") or (
@@ -195,6 +198,73 @@ def test_tokens_of_byte_level_tokenizers(data, llama_cpp, tmp_path):
     assert [answer.get("prompt") for answer in llama_cpp(rows)] == expected
 
 
+UNIGRAM = {
+    "t5": {"normalization_rule_name": "nmt_nfkc", **T5_IDS},
+    "plain": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "folded": {"normalization_rule_name": "nmt_nfkc_cf", "vocab_size": 500},
+}
+
+
+@pytest.fixture(scope="module")
+def unigram(train, tmp_path_factory):  # noqa: F811
+    """(file, tokenizer) of models whose tokenizers are SentencePiece's unigram, and one as transformers writes T5's."""
+    made = {}
+    for name, changes in UNIGRAM.items():
+        directory = tmp_path_factory.mktemp(name)
+        (directory / "tokenizer.model").write_bytes(train(model_type="unigram", **changes))
+        made[name] = Tokenizer.load(directory)
+    spec = json.loads(made["t5"].json)
+    steps = spec["normalizer"]["normalizers"]
+    table = next(step for step in steps if step["type"] == "Precompiled")
+    strip = {"type": "Strip", "strip_left": False, "strip_right": True}
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
+    spec["normalizer"] = {"type": "Sequence", "normalizers": [table, strip, spaces]}
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    made["theirs"] = Tokenizer(json.dumps(spec), made["t5"].config)
+    files = {}
+    for name, tokenizer in made.items():
+        directory = tmp_path_factory.mktemp(name)
+        config = transformers.LlamaConfig(
+            **SHAPE | {"vocab_size": tokenizer.vocab_size + 2, "num_hidden_layers": 1, "eos_token_id": tokenizer.eos_id}
+        )
+        transformers.LlamaForCausalLM(config).save_pretrained(directory / "base")
+        tokenizer.save(directory / "base")
+        export(directory / "base", directory / "m.gguf", ExportGgufSettings())
+        files[name] = directory / "m.gguf", tokenizer
+    return files
+
+
+WORDS = [*TEXTS, "Alice was ½ ﬁne, the  cat", " two  spaces ", "Ünïcode ① が ドア Ⅳ e\u0301\u200b", "a</s>the cat"]
+
+
+@pytest.mark.parametrize("name", [*UNIGRAM, "theirs"])
+def test_unigram_tokenizers_there_and_back(name, unigram):
+    file, tokenizer = unigram[name]
+    again = Tokenizer.load(file)
+    assert [again.encode(text) for text in WORDS] == [tokenizer.encode(text) for text in WORDS]
+    assert again.decode(again.encode("the cat sat")) == tokenizer.decode(tokenizer.encode("the cat sat"))
+
+
+def test_unigram_tokenizers_in_llama_cpp(unigram, llama_cpp):
+    rows = [{"file": str(file), "text": text, "count": 1} for file, _ in unigram.values() for text in WORDS]
+    expected = [tokenizer.encode(text) for _, tokenizer in unigram.values() for text in WORDS]
+    assert [answer.get("prompt") for answer in llama_cpp(rows)] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"byte_fallback": True}, "falls back on bytes"),
+        ({"add_dummy_prefix": False}, "trims spaces and puts none in front"),
+    ],
+    ids=["bytes", "no-prefix"],
+)
+def test_unigram_tokenizers_that_llama_cpp_takes_otherwise(changes, told, train, tmp_path):  # noqa: F811
+    (tmp_path / "tokenizer.model").write_bytes(train(model_type="unigram", vocab_size=500, **changes))
+    with pytest.raises(UserError, match=f"the tokenizer has no GGUF form: a unigram model that {told}"):
+        vocabulary.keys(Tokenizer.load(tmp_path), 600)
+
+
 @pytest.fixture(scope="module")
 def bert(data, tmp_path_factory):
     """A random BERT with the vocabulary of the real one."""
@@ -282,9 +352,9 @@ def test_packed_matrices_stay_packed(name, kind, checkpoint, tmp_path):
     assert (one - other).norm() < 0.05 * other.norm()
 
 
-def test_quantized_checkpoints_are_exported(checkpoint, llmctl, tmp_path):
-    llmctl("quantize", checkpoint("llama"), "-o", "int8", "--method", "rtn", "--tolerance", 20)
-    llmctl("export-gguf", "int8", "-o", "m.gguf", "--type", "f32")
+def test_quantized_checkpoints_are_exported(checkpoint, tmp_path):
+    quantize(checkpoint("llama"), tmp_path / "int8", QuantizeSettings(method="rtn", tolerance=20.0))
+    export(tmp_path / "int8", tmp_path / "m.gguf", ExportGgufSettings(type="f32"))
     ours, again = load_model(tmp_path / "int8", "float32"), load_model(tmp_path / "m.gguf")
     text = checks.token_ids(ours.config.vocab_size, 1, 20)
     with torch.no_grad():

@@ -9,9 +9,11 @@ import tokenizers
 
 from llmctl import chat_template
 from llmctl.errors import UserError
+from llmctl.gguf import pieces
+from llmctl.gguf.tokens import named_and_kinds, refusal
 from llmctl.ops import bpe
-from llmctl.tokenization import added, byte_level, decoding, draft, sentencepiece, training, wordpiece
-from llmctl.tokenization.piece_model import Algorithm, Kind, Piece, PieceModel
+from llmctl.tokenization import added, byte_level, draft, sentencepiece, training, wordpiece
+from llmctl.tokenization.piece_model import Kind
 from llmctl.tokenizer import Tokenizer
 
 _WORDS = {bpe.SPLIT_GPT2: "gpt-2", bpe.SPLIT_QWEN2: "qwen2", bpe.SPLIT_CL100K: "dbrx", bpe.SPLIT_O200K: "gpt-4o"}
@@ -41,11 +43,13 @@ def keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     model = spec["model"]
     if model["type"] == "WordPiece":
         made = _words(spec, tokenizer)
+    elif model["type"] == "Unigram":
+        made = pieces.unigram(spec, tokenizer)
     elif model["type"] != "BPE":
-        raise _refusal(f"the model {model['type']}")
+        raise refusal(f"the model {model['type']}")
     else:
         alphabet = all(character in model["vocab"] for character in training.byte_characters().values())
-        made = _byte_level(spec, tokenizer) if alphabet and not model["byte_fallback"] else _pieces(spec, tokenizer)
+        made = _byte_level(spec, tokenizer) if alphabet and not model["byte_fallback"] else pieces.bpe(spec, tokenizer)
     made = {**made, **_special(tokenizer, model["type"])}
     texts, types = made["tokenizer.ggml.tokens"], made["tokenizer.ggml.token_type"]
     for token_id in range(len(texts), vocab_size):  # rows of the embedding that no token has
@@ -60,13 +64,6 @@ def keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     return made
 
 
-def _refusal(part: str) -> UserError:
-    return UserError(
-        f"the tokenizer has no GGUF form: {part}",
-        hint="llama.cpp has byte-level BPE with known words, and SentencePiece",
-    )
-
-
 def _special(tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for theirs, ours in _ROLES.items():
@@ -78,7 +75,7 @@ def _special(tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
         made["tokenizer.ggml.bos_token_id"] = tokenizer.cls_id  # the name that llama.cpp has for it
         return made | {"tokenizer.ggml.cls_token_id": tokenizer.cls_id}
     if front not in ([], [tokenizer.bos_id]) or back not in ([], [tokenizer.eos_id]):
-        raise _refusal("other tokens than BOS and EOS around a text")
+        raise refusal("other tokens than BOS and EOS around a text")
     made["tokenizer.ggml.add_bos_token"] = bool(front)
     made["tokenizer.ggml.add_eos_token"] = bool(back)
     for name, template in chat_template.by_name(tokenizer.config.get("chat_template")).items():
@@ -86,29 +83,15 @@ def _special(tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
     return made
 
 
-def _tokens(spec: dict, tokenizer: Tokenizer, normal: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """Texts and kinds of all ids; `normal` gives the kind of tokens of the model where it is another than NORMAL."""
-    texts = [f"[PAD{i}]" for i in range(tokenizer.vocab_size)]
-    types = [int(Kind.UNUSED)] * len(texts)
-    for text, token_id in spec["model"]["vocab"].items():
-        texts[token_id], types[token_id] = text, int(normal.get(text, Kind.NORMAL))
-    for token in spec["added_tokens"]:
-        texts[token["id"]] = token["content"]
-        types[token["id"]] = int(Kind.CONTROL if token["special"] else Kind.USER_DEFINED)
-    if tokenizer.unk_id is not None and "unk_token" in spec["model"]:
-        types[tokenizer.unk_id] = int(Kind.UNKNOWN) if spec["model"]["unk_token"] else types[tokenizer.unk_id]
-    return texts, types
-
-
 def _byte_level(spec: dict, tokenizer: Tokenizer) -> dict[str, Any]:
     split = byte_level._split(spec["pre_tokenizer"])
     whole = bool(spec["model"].get("ignore_merges"))
     name = (_WHOLE_WORDS if whole else _WORDS).get(split)
     if name is None:
-        raise _refusal("words that llama.cpp does not cut in this way" + (", with whole words first" if whole else ""))
+        raise refusal("words that llama.cpp does not cut in this way" + (", with whole words first" if whole else ""))
     if not byte_level._normalizer_known(spec):
-        raise _refusal(f"the normalizer {spec['normalizer']['type']}")
-    texts, types = _tokens(spec, tokenizer, {})
+        raise refusal(f"the normalizer {spec['normalizer']['type']}")
+    texts, types = named_and_kinds(spec, tokenizer)
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": name,
@@ -127,10 +110,10 @@ def _words(spec: dict, tokenizer: Tokenizer) -> dict[str, Any]:
         or not normalizer["lowercase"]
         or normalizer["strip_accents"] is False
     ):
-        raise _refusal("words with capitals or accents, which llama.cpp takes off")
+        raise refusal("words with capitals or accents, which llama.cpp takes off")
     if (spec["pre_tokenizer"] or {}).get("type") != "BertPreTokenizer" or model["continuing_subword_prefix"] != "##":
-        raise _refusal("words that are not BERT's")
-    texts, types = _tokens(spec, tokenizer, {})
+        raise refusal("words that are not BERT's")
+    texts, types = named_and_kinds(spec, tokenizer)
     return {
         "tokenizer.ggml.model": "bert",
         "tokenizer.ggml.pre": "jina-v2-en",
@@ -155,32 +138,6 @@ def _from_mark(text: str) -> str:
 def _is_bracketed(text: str) -> bool:
     """A special token, or one that is free for use."""
     return len(text) > 2 and text.startswith("[") and text.endswith("]")
-
-
-def _pieces(spec: dict, tokenizer: Tokenizer) -> dict[str, Any]:
-    """SentencePiece's BPE: llama.cpp joins the pair that makes the piece of the highest score, here the earliest merge."""
-    model = spec["model"]
-    if not model["byte_fallback"] or tokenizer._pieces is None:
-        raise _refusal("a BPE that is neither of bytes nor of SentencePiece with byte tokens")
-    ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(model["merges"]):
-        ranks.setdefault(left + right, rank)
-    bytes_ = {text: Kind.BYTE for text in model["vocab"] if decoding.BYTE_TOKEN.fullmatch(text)}
-    texts, types = _tokens(spec, tokenizer, bytes_)
-    last = float(len(model["merges"]))
-    steps = json.dumps([spec["normalizer"], spec["pre_tokenizer"]])
-    if "Precompiled" in steps or "Lowercase" in steps:
-        raise _refusal("a normalizer of characters")
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": texts,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.scores": [-float(ranks.get(text, last)) for text in texts],
-        "tokenizer.ggml.add_space_prefix": tokenizer.encode(" a", add_special_tokens=False)
-        != tokenizer.encode("a", add_special_tokens=False)
-        and tokenizer._pieces.stripped_spaces > 0,
-    }
 
 
 def tokenizer_json(fields: dict[str, Any]) -> tuple[str, dict]:
@@ -213,9 +170,9 @@ def tokenizer_json(fields: dict[str, Any]) -> tuple[str, dict]:
         roles = {role: text for role, text in config.items() if role.endswith("_token") and isinstance(text, str)}
         roles.pop("bos_token", None)
         return wordpiece.convert("\n".join(words), roles, "bert")
-    if kind == "llama":
-        return draft.finished(_read_pieces(fields, texts, types, config), config)
-    raise UserError(f"the GGUF file's tokenizer is of the kind {kind!r}", hint="llmctl reads gpt2, llama and bert")
+    if kind in ("llama", "t5"):
+        return draft.finished(pieces.read(fields, texts, types), config)
+    raise UserError(f"the GGUF file's tokenizer is of the kind {kind!r}", hint="llmctl reads gpt2, llama, t5 and bert")
 
 
 def _added(texts: list[str], types: list[int]) -> list[dict]:
@@ -248,26 +205,3 @@ def _read_byte_level(fields: dict[str, Any], texts: list[str], types: list[int])
         made.pre_tokenizer = {"type": "Sequence", "pretokenizers": [byte_level._DIGITS, plain]}
     made.front, made.back = ("bos_token",), ()
     return made
-
-
-def _read_pieces(fields: dict[str, Any], texts: list[str], types: list[int], config: dict) -> draft.Draft:
-    scores = fields.get("tokenizer.ggml.scores") or [0.0] * len(texts)
-    model = PieceModel(
-        [Piece(text, score, kind) for text, score, kind in zip(texts, scores, types, strict=True)],
-        algorithm=Algorithm.BPE,
-        add_dummy_prefix=bool(fields.get("tokenizer.ggml.add_space_prefix", True)),
-        remove_extra_whitespaces=bool(fields.get("tokenizer.ggml.remove_extra_whitespaces", False)),
-    )
-    unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
-    model.pieces[unknown].kind = Kind.UNKNOWN
-    vocab = {piece.text: number for number, piece in enumerate(model.pieces)}
-    return draft.Draft(
-        vocab,
-        sentencepiece._bpe(model, vocab),
-        tokens=sentencepiece._tokens(model),
-        names={"unk_token": texts[unknown]},
-        normalizer={"type": "Sequence", "normalizers": sentencepiece._normalizers(model)},
-        pre_tokenizer=sentencepiece._pre_tokenizer(model),
-        decoder=sentencepiece._decoder(model),
-        front=("bos_token",),
-    )
