@@ -12,9 +12,20 @@
 namespace llmctl {
 namespace {
 
-// The products of two tiles of rows (or of the two terms of one) and two panels of weights, each 16 x 16, for one block.
-struct TileSums {
-    alignas(64) int32_t sum[4][2][2][256];  // unit, rows, panel
+constexpr int64_t chunk_rows = 64, chunk_panels = 4;  // a block of both and their sums stay in the first-level cache
+
+// A tile of results of 16 rows and 16 outputs.
+template <class Number>
+struct alignas(64) ResultTile {
+    Number at[row_block * quantized_panel];
+};
+
+// The products of two tiles of rows (or of the two terms of one) and two panels of weights for one block. A load that the
+// low 12 bits of its address confuse with a store before it waits for that, so what is stored while others are added up
+// lies in another quarter of 4 KB: quarter 2 * rows + panel.
+template <int Units>
+struct alignas(4096) TileSums {
+    ResultTile<int32_t> sum[Units][2][2];  // unit, rows, panel
 };
 
 // The codes of a block of a panel less their zeros, [32 quads][16 outputs][4].
@@ -36,46 +47,135 @@ LLMCTL_INLINE void unpack_block(const QuantizedLinear& c, int64_t panel, int64_t
     }
 }
 
-// A strip: up to two tiles of rows times up to two panels, over all blocks. In 4 bits the tiles are of two row blocks, in 8
+// Up to 64 rows times up to 4 panels, over all blocks.
+//
+// Strips of a block, each of two tiles times two panels, follow each other. In 4 bits the tiles are of two row blocks, in 8
 // the two terms of one.
-template <int Bits, int Unit, int Tiles, int Panels>
-struct Strip {
+template <int Bits, int Unit>
+struct Chunk {
     static constexpr int units = quantized_block / Unit, steps = Unit == 128 ? 2 : 1;
     static constexpr int64_t columns = Unit == 32 ? 32 : 64;
-    static constexpr int row_blocks = Bits == 4 ? Tiles : 1;
+    static constexpr int row_blocks = Bits == 4 ? 2 : 1;  // of a strip
 
     const QuantizedLinear& c;
     const QuantizedRows& x;
-    int64_t rows;              // the first row block
-    int64_t panel;             // the first panel
-    const int8_t* weights[2];  // of each panel
-    int64_t n_rows;            // of the strip
-    float* sums;               // [n_rows, linear_max_outs]
+    const int8_t* weights;  // of the first panel
+    int64_t weights_stride;  // from panel to panel
+    int64_t row, n_rows;
+    int64_t panel, n_panels;
+    ResultTile<float>* sums;  // [chunk_rows / row_block, chunk_panels]
 
-    // The tiles' products for one unit, left in tiles 0 to 3.
-    LLMCTL_INLINE void multiply(int64_t block, int unit) const {
-        tile_zero<0>();
-        if constexpr (Panels == 2) tile_zero<1>();
-        if constexpr (Tiles == 2) tile_zero<2>();
-        if constexpr (Tiles == 2 && Panels == 2) tile_zero<3>();
+    struct Strip {
+        int64_t block;
+        int rows, panel;    // its first row block and panel, from the chunk's
+        int tiles, panels;  // 1 or 2
+    };
+
+    // What it takes to scale and add up the products of a strip: whatever a processor would otherwise work out again for
+    // every few rows. Behind the last row and panel everything is done as well, for nobody.
+    struct Results {
+        const TileSums<units>& from;
+        ResultTile<float>* to;
+        const float* row_scales[2];
+        const int32_t* minus_sums;
+        int64_t units_at;
+        __m512 scales[2][units];
+
+        LLMCTL_INLINE Results(const Chunk& chunk, const Strip& strip, const TileSums<units>& from)
+            : from(from), to(chunk.sums + strip.rows * chunk_panels + strip.panel) {
+            const QuantizedLinear& c = chunk.c;
+            const int64_t rows = chunk.row / row_block + strip.rows, second = Bits == 4 && strip.tiles == 2 ? 1 : 0;
+            row_scales[0] = chunk.x.scales_of(rows, strip.block);
+            row_scales[1] = chunk.x.scales_of(rows + second, strip.block);
+            minus_sums = chunk.x.minus_sums + (rows * c.n_blocks + strip.block) * units * row_block;
+            units_at = ((chunk.panel + strip.panel) * c.n_blocks + strip.block) * units * quantized_panel;
+#pragma GCC unroll 8
+            for (int i = 0; i < 2 * units; ++i) {
+                const int64_t panels = i / units < strip.panels ? i / units * c.n_blocks * units : 0;
+                scales[i / units][i % units] = load_scales<Avx512Int>(c, units_at + (panels + i % units) * quantized_panel);
+            }
+        }
+
+        // The `quarter` of the rows of one 16 x 16.
+        LLMCTL_INLINE void add_up(const QuantizedLinear& c, int of_rows, int of_panel, int quarter) const {
+            float* sums = to[of_rows * chunk_panels + of_panel].at;
+#pragma GCC unroll 4
+            for (int r = 4 * quarter; r < 4 * quarter + 4; ++r) {
+                __m512 total = _mm512_setzero_ps();
+#pragma GCC unroll 4
+                for (int unit = 0; unit < units; ++unit) {
+                    __m512i sum = _mm512_load_si512(from.sum[unit][of_rows][of_panel].at + r * 16);
+                    if constexpr (Bits == 8) {
+                        const __m512i second = _mm512_load_si512(from.sum[unit][1][of_panel].at + r * 16);
+                        const int64_t at = units_at + (of_panel * c.n_blocks * units + unit) * quantized_panel;
+                        sum = _mm512_add_epi32(Avx512Int::times_128(sum), second);
+                        sum = _mm512_add_epi32(sum, minus_zeros<Avx512Int, 8>(c, at, minus_sums[unit * row_block + r]));
+                    }
+                    total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scales[of_panel][unit], total);
+                }
+                const __m512 before = _mm512_load_ps(sums + r * 16);
+                _mm512_store_ps(sums + r * 16, _mm512_fmadd_ps(total, _mm512_set1_ps(row_scales[of_rows][r]), before));
+            }
+        }
+
+        // A strip has at most 4 results of 16 x 16, a quarter of which is added up at a time: so many in each of the 8
+        // turns that a unit of the next strip gives.
+        LLMCTL_INLINE void add_up_share(const QuantizedLinear& c, int unit, int turn) const {
+            constexpr int quarters = 4 * 2 * row_blocks, turns = 8 * units;
+            const int at = unit * 8 + turn;
 #pragma GCC unroll 2
-        for (int step = 0; step < steps; ++step) {
-            const int64_t k = unit * Unit + step * 64;
-            const int8_t* codes = x.tiles(rows, block) + k / 64 * x.terms * tile_bytes + k % 64;
-            const int64_t second = Bits == 8 ? tile_bytes : x.tiles(1, 0) - x.tiles(0, 0);
-            const int64_t at = block * quantized_block * quantized_panel + k * quantized_panel;
-            tile_load<4>(codes, 64);
-            tile_load<6>(weights[0] + at, 64);
-            dot<0, 4, 6>();
-            if constexpr (Panels == 2) {
-                tile_load<7>(weights[1] + at, 64);
-                dot<1, 4, 7>();
+            for (int i = at * quarters / turns; i < (at + 1) * quarters / turns; ++i) {
+                add_up(c, i / 4 / 2, i / 4 % 2, i % 4);
             }
-            if constexpr (Tiles == 2) {
-                tile_load<5>(codes + second, 64);
-                dot<2, 5, 6>();
-                if constexpr (Panels == 2) dot<3, 5, 7>();
+        }
+    };
+
+    // Multiplies a strip. The results of the one before it are added up meanwhile, a few rows after each operation on tiles:
+    // a processor does not look so far ahead that it would find them by itself.
+    template <int Tiles, int Panels>
+    void step(const Strip& strip, TileSums<units>& to, const Strip& before, const TileSums<units>& from) const {
+        const Results results(*this, before, from);
+        const int8_t* tiles = x.tiles(row / row_block + strip.rows, strip.block);
+        const int64_t second = Bits == 8 ? tile_bytes : x.tiles(1, 0) - x.tiles(0, 0), half = x.terms * tile_bytes;
+        const int8_t* panels = weights + strip.panel * weights_stride + strip.block * quantized_block * quantized_panel;
+        const int64_t next_panel = weights_stride;
+#pragma GCC unroll 4
+        for (int unit = 0; unit < units; ++unit) {
+            const auto add = [&](int turn) LLMCTL_INLINED { results.add_up_share(c, unit, turn); };
+            tile_zero<0>();
+            if constexpr (Panels == 2) tile_zero<1>();
+            if constexpr (Tiles == 2) tile_zero<2>();
+            if constexpr (Tiles == 2 && Panels == 2) tile_zero<3>();
+#pragma GCC unroll 2
+            for (int step = 0; step < steps; ++step) {
+                const int64_t k = unit * Unit + step * 64;
+                const int8_t* codes = tiles + k / 64 * half + k % 64;
+                const bool is_last = step == steps - 1;
+                tile_load<4>(codes, 64);
+                tile_load<6>(panels + k * quantized_panel, 64);
+                dot<0, 4, 6>();
+                if (is_last) add(0);
+                if constexpr (Panels == 2) {
+                    tile_load<7>(panels + next_panel + k * quantized_panel, 64);
+                    dot<1, 4, 7>();
+                }
+                if (is_last) add(1);
+                if constexpr (Tiles == 2) {
+                    tile_load<5>(codes + second, 64);
+                    dot<2, 5, 6>();
+                }
+                if (is_last) add(2);
+                if constexpr (Tiles == 2 && Panels == 2) dot<3, 5, 7>();
+                if (is_last) add(3);
             }
+            tile_store<0>(to.sum[unit][0][0].at, 64);
+            add(4);
+            if constexpr (Panels == 2) tile_store<1>(to.sum[unit][0][1].at, 64);
+            add(5);
+            if constexpr (Tiles == 2) tile_store<2>(to.sum[unit][1][0].at, 64);
+            add(6);
+            if constexpr (Tiles == 2 && Panels == 2) tile_store<3>(to.sum[unit][1][1].at, 64);
+            add(7);
         }
     }
 
@@ -85,104 +185,77 @@ struct Strip {
         if constexpr (Bits == 8) tile_dot_unsigned<C, A, B>();
     }
 
-    LLMCTL_INLINE void store(TileSums& to, int unit) const {
-        tile_store<0>(to.sum[unit][0][0], 64);
-        if constexpr (Panels == 2) tile_store<1>(to.sum[unit][0][1], 64);
-        if constexpr (Tiles == 2) tile_store<2>(to.sum[unit][1][0], 64);
-        if constexpr (Tiles == 2 && Panels == 2) tile_store<3>(to.sum[unit][1][1], 64);
-    }
-
-    // Scales and adds up what the tiles gave for 16 rows and one panel.
-    LLMCTL_INLINE void add_up(const TileSums& from, int64_t block, int of_rows, int of_panel) const {
-        const int64_t left = n_rows - of_rows * row_block, n = left < row_block ? left : row_block;
-        const float* row_scales = x.scales_of(rows + of_rows, block);
-        const int32_t* minus_sums = x.sums_of(rows + of_rows, block);
-        const int64_t at = c.unit_at(panel + of_panel, block);
-        float* to = sums + of_rows * row_block * linear_max_outs + of_panel * quantized_panel;
-        __m512 scales[units];
-#pragma GCC unroll 4
-        for (int unit = 0; unit < units; ++unit) scales[unit] = load_scales<Avx512Int>(c, at + unit * quantized_panel);
-        for (int64_t r = 0; r < n; ++r, to += linear_max_outs) {
-            __m512 total = _mm512_setzero_ps();
-#pragma GCC unroll 4
-            for (int unit = 0; unit < units; ++unit) {
-                __m512i sum = _mm512_load_si512(from.sum[unit][of_rows][of_panel] + r * 16);
-                if constexpr (Bits == 8) {
-                    const __m512i second = _mm512_load_si512(from.sum[unit][1][of_panel] + r * 16);
-                    const int64_t unit_at = at + unit * quantized_panel;
-                    sum = _mm512_add_epi32(Avx512Int::times_128(sum), second);
-                    sum = _mm512_add_epi32(sum, minus_zeros<Avx512Int, 8>(c, unit_at, minus_sums[unit * row_block + r]));
-                }
-                total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scales[unit], total);
-            }
-            _mm512_storeu_ps(to, _mm512_fmadd_ps(total, _mm512_set1_ps(row_scales[r]), _mm512_loadu_ps(to)));
-        }
-    }
-
-    // The share of a block's additions that is done while a unit of the next is multiplied.
-    LLMCTL_INLINE void add_up_share(const TileSums& from, int64_t block, int unit) const {
-        constexpr int shares = row_blocks * Panels;
-#pragma GCC unroll 4
-        for (int share = 0; share < shares; ++share) {
-            if (share % units == unit) add_up(from, block, share / Panels, share % Panels);
-        }
-    }
-
+    // Strips of two tiles and two panels as far as there are so many.
     void run() const {
-        TileSums buffers[2];
-        for (int64_t r = 0; r < n_rows; ++r) __builtin_memset(sums + r * linear_max_outs, 0, Panels * 64);
+        TileSums<units> buffers[2];
+        int turn = 0;
+        Strip before{0, 0, 0, 1, 1};
+        const int n_row_blocks = static_cast<int>((n_rows + row_block - 1) / row_block);
         for (int64_t block = 0; block < c.n_blocks; ++block) {
-#pragma GCC unroll 4
-            for (int unit = 0; unit < units; ++unit) {
-                multiply(block, unit);
-                if (block > 0) add_up_share(buffers[1 - block % 2], block - 1, unit);
-                store(buffers[block % 2], unit);
+            for (int rows = 0; rows < n_row_blocks; rows += row_blocks) {
+                for (int at = 0; at < n_panels; at += 2, turn ^= 1) {
+                    const int tiles = Bits == 8 || n_row_blocks - rows > 1 ? 2 : 1, panels = n_panels - at > 1 ? 2 : 1;
+                    const Strip strip{block, rows, at, tiles, panels};
+                    TileSums<units>&to = buffers[turn], &from = buffers[turn ^ 1];
+                    if (tiles == 2 && panels == 2) step<2, 2>(strip, to, before, from);
+                    if (tiles == 2 && panels == 1) step<2, 1>(strip, to, before, from);
+                    if (tiles == 1 && panels == 2) step<1, 2>(strip, to, before, from);
+                    if (tiles == 1 && panels == 1) step<1, 1>(strip, to, before, from);
+                    // there was none before the first: what it added up is forgotten
+                    if (block == 0 && rows == 0 && at == 0) clear();
+                    before = strip;
+                }
             }
         }
-        for (int unit = 0; unit < units && c.n_blocks > 0; ++unit) {
-            add_up_share(buffers[1 - c.n_blocks % 2], c.n_blocks - 1, unit);
+        if (c.n_blocks == 0) return clear();
+        const Results results(*this, before, buffers[turn ^ 1]);
+#pragma GCC unroll 4
+        for (int unit = 0; unit < units; ++unit) {
+#pragma GCC unroll 8
+            for (int turn = 0; turn < 8; ++turn) results.add_up_share(c, unit, turn);
         }
+    }
+
+    void clear() const {
+        __builtin_memset(static_cast<void*>(sums), 0, chunk_rows / row_block * chunk_panels * sizeof *sums);
     }
 };
 
-template <int Bits, int Unit, int Panels>
-void tiles_of_panels(const QuantizedLinear& c, const QuantizedRows& x, const LinearPiece& piece, int64_t panel,
-                     float* sums) {
-    const int8_t* weights[2];
-    for (int p = 0; p < Panels; ++p) weights[p] = reinterpret_cast<const int8_t*>(c.codes) + (panel + p) * c.panel_bytes();
-    if constexpr (Bits == 4) {
-        const int64_t panel_bytes = c.n_blocks * quantized_block * quantized_panel;
-        auto* memory = reinterpret_cast<int8_t*>(piece_scratch(Panels * panel_bytes));
-        for (int p = 0; p < Panels; ++p) {
-            int8_t* to = memory + p * panel_bytes;
-            weights[p] = to;
-            for (int64_t block = 0; block < c.n_blocks; ++block) {
-                unpack_block(c, panel + p, block, to + block * quantized_block * quantized_panel);
-            }
+// The sums of a chunk, with the bias, to where they belong.
+template <class I, class Element>
+LLMCTL_INLINE void write_chunk(const QuantizedLinear& c, const LinearPiece& piece, const ResultTile<float>* sums) {
+    alignas(64) float of_row[chunk_panels * quantized_panel];
+    for (int64_t row = piece.first_row, i = 0; row < piece.last_row; ++row, ++i) {
+        for (int64_t p = 0; p < chunk_panels; ++p) {
+            const float* from = sums[i / row_block * chunk_panels + p].at + i % row_block * quantized_panel;
+            _mm512_store_ps(of_row + p * quantized_panel, _mm512_load_ps(from));
         }
-    }
-    constexpr int64_t step = Bits == 4 ? 2 * row_block : row_block;
-    for (int64_t row = piece.first_row; row < piece.last_row; row += step) {
-        const int64_t left = piece.last_row - row, n = left < step ? left : step;
-        float* to = sums + (row - piece.first_row) * linear_max_outs;
-        if (Bits == 8 || n > row_block) {
-            Strip<Bits, Unit, 2, Panels>{c, x, row / row_block, panel, {weights[0], weights[1]}, n, to}.run();
-        } else {
-            Strip<Bits, Unit, 1, Panels>{c, x, row / row_block, panel, {weights[0], weights[1]}, n, to}.run();
-        }
+        write_row<typename I::Simd, Element>(c.linear, piece, row, of_row);
     }
 }
 
-template <int Bits, int Unit>
-void tiles_of_piece(const QuantizedLinear& c, const QuantizedRows& x, const LinearPiece& piece, float* sums) {
+template <class I, class Element, int Bits, int Unit>
+void tiles_of_piece(const QuantizedLinear& c, const QuantizedRows& x, const LinearPiece& piece) {
     Tiles tiles(Unit == 32 ? 32 : 64);
-    const int64_t last = (piece.last_out + quantized_panel - 1) / quantized_panel;
-    for (int64_t panel = piece.first_out / quantized_panel; panel < last; panel += 2, sums += 2 * quantized_panel) {
-        if (panel + 1 < last) {
-            tiles_of_panels<Bits, Unit, 2>(c, x, piece, panel, sums);
-        } else {
-            tiles_of_panels<Bits, Unit, 1>(c, x, piece, panel, sums);
+    const int64_t panel = piece.first_out / quantized_panel;
+    const int64_t n_panels = (piece.last_out + quantized_panel - 1) / quantized_panel - panel;
+    const auto* weights = reinterpret_cast<const int8_t*>(c.codes) + panel * c.panel_bytes();
+    int64_t stride = c.panel_bytes();
+    if constexpr (Bits == 4) {
+        stride = c.n_blocks * quantized_block * quantized_panel;
+        auto* memory = reinterpret_cast<int8_t*>(piece_scratch(n_panels * stride));
+        for (int64_t p = 0; p < n_panels; ++p) {
+            for (int64_t block = 0; block < c.n_blocks; ++block) {
+                unpack_block(c, panel + p, block, memory + p * stride + block * quantized_block * quantized_panel);
+            }
         }
+        weights = memory;
+    }
+    ResultTile<float> sums[chunk_rows / row_block * chunk_panels];
+    for (int64_t row = piece.first_row; row < piece.last_row; row += chunk_rows) {
+        const int64_t left = piece.last_row - row, n = left < chunk_rows ? left : chunk_rows;
+        Chunk<Bits, Unit>{c, x, weights, stride, row, n, panel, n_panels, sums}.run();
+        write_chunk<I, Element>(c, {row, row + n, piece.first_out, piece.last_out}, sums);
     }
 }
 
@@ -194,17 +267,15 @@ void quantized_tiles_piece(const QuantizedLinear& c, const QuantizedRows& x, con
     if (piece.last_row - piece.first_row <= rows_without_tiles(c.bits)) {
         return quantized_linear_piece<I, Element, 8>(c, x, piece);
     }
-    alignas(64) float sums[quantized_max_rows * linear_max_outs];
     if (c.bits == 4) {
-        if (c.unit == 32) tiles_of_piece<4, 32>(c, x, piece, sums);
-        if (c.unit == 64) tiles_of_piece<4, 64>(c, x, piece, sums);
-        if (c.unit == 128) tiles_of_piece<4, 128>(c, x, piece, sums);
+        if (c.unit == 32) tiles_of_piece<I, Element, 4, 32>(c, x, piece);
+        if (c.unit == 64) tiles_of_piece<I, Element, 4, 64>(c, x, piece);
+        if (c.unit == 128) tiles_of_piece<I, Element, 4, 128>(c, x, piece);
     } else {
-        if (c.unit == 32) tiles_of_piece<8, 32>(c, x, piece, sums);
-        if (c.unit == 64) tiles_of_piece<8, 64>(c, x, piece, sums);
-        if (c.unit == 128) tiles_of_piece<8, 128>(c, x, piece, sums);
+        if (c.unit == 32) tiles_of_piece<I, Element, 8, 32>(c, x, piece);
+        if (c.unit == 64) tiles_of_piece<I, Element, 8, 64>(c, x, piece);
+        if (c.unit == 128) tiles_of_piece<I, Element, 8, 128>(c, x, piece);
     }
-    write_rows<I, Element>(c, piece, sums);
 }
 
 }  // namespace
