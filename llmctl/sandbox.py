@@ -48,7 +48,7 @@ def run_python(code: str, seconds: float = 10.0, megabytes: int = 512, output_by
 
     `seconds` bound the time on the clock and on the processor, `megabytes` the address space, `output_bytes` what is
     kept of each of its two outputs; what it prints beyond is dropped while it goes on. It runs in an empty directory
-    that vanishes afterwards, and without a network: `UserError` where nothing here can take that away.
+    that vanishes afterwards, and without a network as far as `guards` say. Raises `UserError` where it cannot begin.
     """
     if not seconds > 0:
         raise CalledWrongly(f"a program's time is {seconds} seconds; expected more than 0")

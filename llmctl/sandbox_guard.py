@@ -2,8 +2,9 @@
 
 Only the standard library is here, so that the process is small. Several walls stand one behind another, because not
 every kernel has each: namespaces (no network, no mounts that could be written), Landlock (no files but Python's own),
-limits of resources, and a seccomp filter (no sockets, no further processes, no signals to others). One process that
-cannot fork makes the limits of a process those of the whole program. Each wall's name is reported to the other side.
+limits of resources, no capabilities (those of a namespace could mount its files anew), and a seccomp filter (no sockets,
+no further processes, no signals to others). One process that cannot fork makes the limits of a process those of the whole
+program. Each wall's name is reported to the other side.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _OPEN_FILES = 128
 
 _NEW_MOUNTS, _NEW_IPC, _NEW_USER, _NEW_NETWORK = 0x20000, 0x08000000, 0x10000000, 0x40000000
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _SIGKILL = 1, 22, 38, 9
+_CAPABILITIES_V3 = 0x20080522
 _AT_FDCWD, _AT_RECURSIVE, _READ_ONLY = -100, 0x8000, 1
 _MS_NOSUID, _MS_NODEV, _MS_REC, _MS_PRIVATE = 2, 4, 0x4000, 0x40000
 _EPERM, _ENOSYS = 1, 38
@@ -56,10 +58,20 @@ _FORBIDDEN = {
     "mount": (165, 40),
     "umount2": (166, 39),
     "pivot_root": (155, 41),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
     "chroot": (161, 51),
     "bpf": (321, 280),
     "io_uring_setup": (425, 425),
     "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "mq_open": (240, 180),
     "keyctl": (250, 219),
     "add_key": (248, 217),
     "request_key": (249, 218),
@@ -97,10 +109,12 @@ def _give_up(limits: dict, code: bytes) -> list[str]:
     has_namespaces = on_linux and _leave_namespaces(libc, code)
     _limit(limits)
     has_landlock = on_linux and _confine_files(libc)
+    if on_linux:
+        _drop_capabilities(libc)
     has_filter = on_linux and _filter_calls(libc)
     sees = [name for name, holds in (("namespace", has_namespaces), ("seccomp", has_filter)) if holds]
     if not sees:
-        sys.addaudithook(_refuse_network)
+        sys.addaudithook(_refuse_network_and_processes)
         sees = ["audit hook, which native code can pass by"]
     wrote = [name for name, holds in (("read-only mounts", has_namespaces), ("Landlock", has_landlock)) if holds]
     return [
@@ -188,6 +202,13 @@ def _confine_files(libc) -> bool:
     return held
 
 
+def _drop_capabilities(libc) -> None:
+    """Whether they are root's own or those that a new namespace brings: a program needs none."""
+    header = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITIES_V3, 0), 8)
+    if libc.capset(header, ctypes.create_string_buffer(24)):
+        raise OSError("capabilities cannot be dropped")
+
+
 def _filter_calls(libc) -> bool:
     """A seccomp filter over the numbers of system calls; threads are allowed, processes are not."""
     if platform.machine() not in _ARCHITECTURES or sys.maxsize < 2**32:
@@ -220,9 +241,12 @@ def _program(column: int, architecture: int) -> list[tuple[int, int, int, int]]:
     return [*lines, (give, 0, 0, allow)]
 
 
-def _refuse_network(event: str, arguments: tuple) -> None:
-    if event.startswith("socket.") and event not in ("socket.gethostname",):
+def _refuse_network_and_processes(event: str, arguments: tuple) -> None:
+    """Another process would have no such hook."""
+    if event.startswith("socket.") and event != "socket.gethostname":
         raise PermissionError("no network here")
+    if event.startswith(("subprocess.", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn")):
+        raise PermissionError("no other process here")
 
 
 def _run(code: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from llmctl import sandbox_guard
 from llmctl.errors import CalledWrongly
 from llmctl.sandbox import run_python
 
@@ -91,6 +93,27 @@ def test_it_has_no_other_process(code):
     assert outcome.exit_code == 1 and "not permitted" in outcome.stderr
 
 
+NUMBERS = {"x86_64": (29, 447), "aarch64": (194, 447)}
+
+
+@linux
+@pytest.mark.skipif(platform.machine() not in NUMBERS, reason="the numbers of system calls are not known here")
+def test_it_can_neither_mount_its_files_anew_nor_hide_memory():
+    """A user namespace brings all capabilities over what was mounted in it, and with them the way out of it."""
+    shared_memory, secret_memory = NUMBERS[platform.machine()]
+    outcome = run_python(
+        "import ctypes, struct\n"
+        "libc = ctypes.CDLL(None)\n"
+        "writable = ctypes.create_string_buffer(struct.pack('QQQQ', 0, 1, 0, 0), 32)\n"
+        "print(libc.syscall(442, -100, b'/', 0, writable, ctypes.c_size_t(32)))\n"
+        f"print(libc.syscall({shared_memory}, 0, ctypes.c_size_t(1 << 20), 0o1600), libc.syscall({secret_memory}, 0))\n"
+        "print(*(line.split()[1] for line in open('/proc/self/status') if line.startswith('Cap')))\n"
+    )
+    mount, memory, capabilities = outcome.stdout.splitlines()
+    assert (mount, memory) == ("-1", "-1 -1")
+    assert {int(each, 16) for each in capabilities.split()[:3]} == {0}  # inheritable, permitted, effective
+
+
 def test_threads_are_allowed():
     code = "import threading\nt = threading.Thread(target=print, args=('done',)); t.start(); t.join()"
     assert run_python(code).stdout == "done\n"
@@ -106,6 +129,13 @@ def test_no_network(address):
             server.accept()
     assert outcome.exit_code == 1
     assert any(guard.startswith("network: ") for guard in outcome.guards)
+
+
+@pytest.mark.parametrize("event", ["socket.connect", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.system"])
+def test_where_only_python_watches_it_watches_processes_too(event):
+    with pytest.raises(PermissionError, match="here"):
+        sandbox_guard._refuse_network_and_processes(event, ())
+    sandbox_guard._refuse_network_and_processes("open", ())
 
 
 @linux
