@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-
-def flag(default, help: str, **metadata):
-    return field(default=default, metadata={"help": help, **metadata})
+from llmctl.model_settings import flag
 
 
 @dataclass(frozen=True)

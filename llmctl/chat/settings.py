@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from llmctl.model_settings import ModelSettings, flag
 
 SESSION, TOOLS, DOCUMENTS, SAMPLES = "Sessions", "Tools", "Your own documents", "Several answers"
 
 
-def flag(default, help: str, group: str = "Options", **metadata):
-    return field(default=default, metadata={"help": help, "group": group, **metadata})
-
-
 @dataclass(frozen=True)
-class ChatSettings:
+class ChatSettings(ModelSettings):
     system: str | None = flag(None, "The system message.", metavar="TEXT")
     chat_template: str | None = flag(
         None, "A Jinja template, as a file or as text, in place of the model's own.", metavar="FILE"
@@ -53,16 +51,4 @@ class ChatSettings:
                         at_least=1, metavar="N")  # fmt: skip
     reward: str | None = flag(
         None, "The reward model, as finetune --objective reward makes it.", SAMPLES, type="path", metavar="PATH"
-    )
-    adapter: tuple[str, ...] = flag(
-        (), "Put this adapter beside the model's weights; repeatable.", metavar="PATH[:WEIGHT]"
-    )
-    force: bool = flag(False, "Use an adapter that was trained on another base.", show_default=False)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "Weights and cache; auto is as stored.")
-    device: str | None = flag(None, "cpu, cuda, cuda:1.", show_default="a GPU where there is one", metavar="NAME")
-    provider: str | None = flag(
-        None,
-        "Of onnxruntime, for a MODEL that export-onnx wrote: cpu, cuda, or its own name for one.",
-        show_default="what suits the device",
-        metavar="NAME",
     )
