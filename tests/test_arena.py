@@ -79,4 +79,7 @@ def test_the_command(llmctl, data, tmp_path):
     assert {json.loads(line)["model"] for line in table.stdout.splitlines()} == {str(model), "other"}
     assert "Elo" in table.stderr
     assert "no such file" in llmctl("arena", "--table", "--votes", "none", code=1).stderr
+    assert "one model, which nobody" in llmctl("arena", "other", "./other", "--prompts", "x", code=2).stderr
+    (tmp_path / "none.txt").write_text("\n")
+    assert "no questions" in llmctl("arena", model, "other", "--prompts", "none.txt", code=1).stderr
     assert "expected two models" in llmctl("arena", model, code=2).stderr

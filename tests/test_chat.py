@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 from llmctl.chat import corrections, sessions  # noqa: E402
 from llmctl.chat.conversation import Conversation  # noqa: E402
 from llmctl.chat.desk import Desk  # noqa: E402
-from llmctl.chat.engine import ContextFull, Engine  # noqa: E402
+from llmctl.chat.engine import Answer, ContextFull, Engine  # noqa: E402
 from llmctl.chat.events import Done, Piece, Remark  # noqa: E402
 from llmctl.chat.prompt import ChatPrompt, defused  # noqa: E402
 from llmctl.chat.settings import ChatSettings  # noqa: E402
@@ -212,6 +214,52 @@ def test_compacting(engine):
     assert "4 messages became a summary" in line
     assert [message["role"] for message in talk.conversation.messages] == ["system", "user", "assistant"]
     assert talk.conversation.system.startswith("Summary")
+
+
+def test_compacting_drops_whole_turns_and_never_all_that_was_said(engine, monkeypatch):
+    from llmctl.chat.shortening import compact
+
+    asked = {"role": "user", "content": "x" * 40}
+    turns = [asked, *({"role": "assistant", "content": "y" * 20} for _ in range(2))]
+    talk = Talk(engine, Conversation([*turns, *turns, asked]), GREEDY)
+    before = list(talk.conversation.messages)
+    requests = []
+
+    def answered(text):
+        def answer(messages, sampling, *more, **named):
+            requests.append(list(messages))
+            if len(messages) > 4:
+                raise ContextFull(300, 256)
+            yield text, Answer(1, text=text, finish_reason="stop")
+
+        return answer
+
+    monkeypatch.setattr(engine, "answer", answered(" "))
+    with pytest.raises(UserError, match="wrote no summary"):
+        compact(talk)
+    assert talk.conversation.messages == before
+    monkeypatch.setattr(engine, "answer", answered("short"))
+    assert "the 3 oldest did not fit" in compact(talk)
+    assert [message["role"] for message in requests[-1]] == ["user", "assistant", "assistant", "user"]
+
+
+def test_compacting_can_be_stopped(engine):
+    from llmctl.chat.shortening import compact
+
+    talk = Talk(engine, Conversation(), GREEDY)
+    for question in ("one", "two"):
+        ask(talk, question)
+    before, answer = list(talk.conversation.messages), engine.answer
+
+    def stopped(*args, **named):
+        for pair in answer(*args, **named):
+            talk.should_stop = True
+            yield pair
+
+    engine.answer = stopped
+    with pytest.raises(UserError, match="stopped"):
+        compact(talk)
+    assert talk.conversation.messages == before
 
 
 def test_compacting_where_the_template_takes_no_system_message(tmp_path):
@@ -425,6 +473,30 @@ def test_what_an_answer_comes_to(text, final):
     from llmctl.chat.choosing import final_answer
 
     assert final_answer(text) == final
+
+
+def test_what_is_attached_waits_until_its_question_is_answered(engine):
+    desk = Desk(engine, ChatSettings(), GREEDY)
+    desk.attached.append(("a.txt", "z" * 600))
+    with pytest.raises(ContextFull):
+        list(desk.ask("hi"))
+    assert [name for name, _ in desk.attached] == ["a.txt"]
+    desk.attached = [("a.txt", "z")]
+    with pytest.raises(ContextFull):  # what says that it is data takes its room too
+        list(desk.ask("y" * 200))
+    assert len(desk.attached) == 1
+    wide = replace(engine.session.model.config, max_positions=2048)
+    engine.session.model.config = wide
+    list(desk.ask("hi"))
+    assert desk.attached == [] and "> z" in desk.conversation.messages[0]["content"]
+
+
+def test_another_model_is_opened_as_this_one_was(monkeypatch):
+    opened = []
+    monkeypatch.setattr(Engine, "open", lambda *args: opened.append(args))
+    settings = ChatSettings(provider="cpu", device="cpu", force=True)
+    Desk.open(SimpleNamespace(settings=settings), "there", ["adapter"])
+    assert opened == [("there", "auto", "cpu", ["adapter"], True, None, "cpu")]
 
 
 def test_the_desk_keeps_a_file_up_to_date(engine, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -9,6 +10,8 @@ import os
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("prompt_toolkit")
+from rich.console import Console
 from test_chat import GREEDY, save_model
 
 from llmctl.chat.conversation import Conversation
@@ -19,6 +22,8 @@ from llmctl.chat.tool_turns import REFUSED, ToolLayer
 from llmctl.chat.tools import calculator, calls
 from llmctl.chat.tools.files import Directory
 from llmctl.chat.tools.toolbox import Call, named
+from llmctl.chat_view.markdown import MarkdownStream
+from llmctl.chat_view.terminal import Terminal
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune.data.template import with_template
 from llmctl.tokenizer import Tokenizer
@@ -164,6 +169,28 @@ def test_programs_that_hang_fail_or_print_megabytes(engines, code, result):
     assert result in happened.result and len(happened.result) < 3000
 
 
+def test_nothing_is_drawn_while_a_person_is_asked(engines, monkeypatch):
+    """A text that is still drawn anew would write over the question."""
+    drawn = []
+
+    class Watched(MarkdownStream):
+        def __enter__(self):
+            drawn.append(self)
+            return super().__enter__()
+
+        def __exit__(self, *failure):
+            super().__exit__(*failure)
+            drawn.remove(self)
+
+    monkeypatch.setattr("llmctl.chat_view.terminal.MarkdownStream", Watched)
+    output, asked = io.StringIO(), []
+    terminal = Terminal(Console(file=output, force_terminal=True, width=100))
+    talk = talk_with(engines["hermes"], [written("hermes", "python", {"code": "print(6*7)"}), "It is 42."], "python",
+                     approve=lambda *call: asked.append(len(drawn)) or True)  # fmt: skip
+    terminal.show(talk.ask("?"))
+    assert asked == [0, 0] and output.getvalue().count("It is 42.") == 1
+
+
 def test_a_model_that_never_stops_calling_is_stopped(engines):
     talk = talk_with(engines["hermes"], [written("hermes", "calculator", {"expression": "1"})])
     events = list(talk.ask("?"))
@@ -248,6 +275,9 @@ def test_files_are_read_within_their_directory(tmp_path):
     for path in ("../secret.txt", "link", str(tmp_path / "secret.txt"), "sub/../../secret.txt"):
         with pytest.raises(UserError, match="outside"):
             place.read(path)
+    (inside / "long.txt").write_text("x" * 100_000 + "\n" + "é" * 9_000 + "\nend\n")  # lines are cut as they are read
+    first, second, third = place.read("long.txt").split("\n")
+    assert (len(first), len(second), third) == (2003, 2003, "3: end")
     for path in ("pipe", "none", "sub", "binary"):
         with pytest.raises(UserError):
             place.read(path)

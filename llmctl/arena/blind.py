@@ -42,6 +42,8 @@ def read_prompts(path: str | os.PathLike) -> Iterator[list[dict]]:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    if not any(line.strip() for line in lines):
+        raise UserError(f"{path}: no questions in it")
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield _messages(line, f"{path}: line {number}")
@@ -57,7 +59,10 @@ def _messages(line: bytes, name: str) -> list[dict]:
         if "messages" in value:
             messages = from_openai(value["messages"])
             # A row that was made to learn from ends in the answer that it teaches.
-            return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            if not messages:
+                raise UserError("an answer without a question")
+            return messages
         prompt = value.get("prompt", value.get("question"))
         if not isinstance(prompt, str):
             raise UserError("expected prompt (text) or messages")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 from llmctl.arena import votes
@@ -14,9 +15,9 @@ def compare(desk: Desk, view: View, path: str) -> None:
     """Show both answers, keep the vote, say who was who; the better answer goes on in the conversation."""
     conversation = desk.conversation
     messages = conversation.messages[: conversation.last("user") + 1]
-    other = desk.open(path)
-    if other.name == desk.engine.name:
+    if os.path.abspath(path) == os.path.abspath(desk.engine.name):
         raise UserError(f"{path}: the same model", hint="/retry draws another answer of it")
+    other = desk.open(path)
     sequence = desk.talk.next_sequence()
     shown = pair([desk.engine, other], messages, desk.talk.sampling, random.SystemRandom(), sequence)
     for number, answer in enumerate(shown.answers, 1):

@@ -10,7 +10,7 @@ from typing import Protocol
 from llmctl.chat import sessions
 from llmctl.chat.conversation import Conversation
 from llmctl.chat.engine import Engine
-from llmctl.chat.events import Event
+from llmctl.chat.events import Done, Event
 from llmctl.chat.settings import ChatSettings
 from llmctl.chat.talk import Talk
 from llmctl.chat.tool_turns import Approve, ToolLayer
@@ -60,8 +60,7 @@ class Desk:
 
     def open(self, path: str, adapters: Sequence[str] = ()) -> Engine:
         """Another model, with this chat's settings."""
-        settings = self.settings
-        return Engine.open(path, settings.dtype, settings.device, adapters, settings.force, settings.chat_template)
+        return engine_of(path, self.settings, adapters)
 
     def use(self, engine: Engine) -> None:
         """Go on with another model; what was said stays. Raises `UserError` where its template refuses that."""
@@ -80,8 +79,11 @@ class Desk:
         self.talk.sampling = dataclasses.replace(self.talk.sampling, **changes)
 
     def ask(self, question: str) -> Iterator[Event]:
-        attached, self.attached = self.attached, []
-        yield from self.talk.ask(question, attached)
+        """Answer a question with what is attached, which waits for the next one where this one was not kept."""
+        for event in self.talk.ask(question, self.attached):
+            if isinstance(event, Done):
+                self.attached = []
+            yield event
         self.save()
 
     def answer_again(self, before: list[dict]) -> Iterator[Event]:
@@ -115,6 +117,11 @@ class Desk:
         if settings.system is not None:
             conversation.set_system(settings.system)
         return conversation
+
+
+def engine_of(path: str, settings: ChatSettings, adapters: Sequence[str]) -> Engine:
+    how = (settings.dtype, settings.device, adapters, settings.force, settings.chat_template, settings.provider)
+    return Engine.open(path, *how)
 
 
 def toolbox_of(settings: ChatSettings) -> Toolbox | None:

@@ -34,6 +34,13 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Calls:
+    """The text is complete and asks for tools: what comes next may ask a person."""
+
+    calls: list[Call]
+
+
+@dataclass(frozen=True)
 class Called:
     """A tool was called, and this came of it. `was_given`: the model reads the result."""
 
@@ -49,4 +56,4 @@ class Done:
     answer: Answer
 
 
-Event = Piece | Remark | Found | Called | Done
+Event = Piece | Remark | Found | Calls | Called | Done

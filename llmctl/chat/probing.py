@@ -31,8 +31,12 @@ def answer_logprobs(talk: Talk, n_top: int) -> list[tuple[int, float, list[tuple
         raise UserError("the last message is no answer that was drawn here", hint="/retry draws one")
     prompt_ids = engine.prompt.ids(engine.prompt.text(talk.messages()[:-1], talk.schemas))
     ids, model = [*prompt_ids, *talk.last.ids], engine.session.model
-    logits_BTV = model(torch.tensor([ids[:-1]], device=model.device))
-    logprobs_NV = logits_BTV[0, len(prompt_ids) - 1 :].float().log_softmax(-1)
+    inputs_BT, first = torch.tensor([ids[:-1]], device=model.device), len(prompt_ids) - 1
+    if isinstance(model, torch.nn.Module):  # logits of a long prompt would take more memory than the model
+        logits_BTV = model.logits(model.hidden(inputs_BT)[:, first:])
+    else:
+        logits_BTV = model(inputs_BT)[:, first:]
+    logprobs_NV = logits_BTV[0].float().log_softmax(-1)
     top = logprobs_NV.topk(min(n_top, logprobs_NV.shape[1])) if n_top else None
     found = []
     for place, token in enumerate(talk.last.ids):

@@ -137,6 +137,8 @@ def slash_params(desk: Desk, view: View, words: str) -> None:
                 f"/params: no setting {key!r}", did_you_mean(name, fields) or f"known are {', '.join(fields)}"
             )
         changes[name] = _value(name, text, fields[name].type)
+    if (changes.get("num_beams") or 1) > 1:
+        raise UserError("/params: num_beams searches; a chat draws its answers", "llmctl generate --num-beams")
     desk.change_sampling(changes)
     said = [f"{name}={value}" for name, value in vars(desk.talk.sampling).items() if value is not None]
     view.say(f"{' '.join(said)}; the rest is as the checkpoint says")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from llmctl.chat.choosing import Chooser
 from llmctl.chat.conversation import Conversation
 from llmctl.chat.engine import Answer, ContextFull, Engine
-from llmctl.chat.events import Done, Event, Found, Piece, Remark
+from llmctl.chat.events import Calls, Done, Event, Found, Piece, Remark
 from llmctl.chat.prompt import defused, shortened
 from llmctl.chat.tool_turns import ToolLayer
 from llmctl.generation.settings import DEFAULTS, Sampling
@@ -75,6 +75,7 @@ class Talk:
             if said is None or not said.calls:
                 yield from self._finished(answer)
                 return
+            yield Calls(said.calls)
             yield from self._call(answer.raw, said)
             yield from self._make_room()
         yield Remark(f"the model called tools {MAX_ROUNDS} times without an answer; the question is not kept")

@@ -14,8 +14,15 @@ class MarkdownStream:
 
     def __init__(self, console: Console):
         self._console, self._open = console, ""
-        # What does not fit on the screen cannot be drawn anew; its end appears with the whole block.
-        self._live = Live(console=console, refresh_per_second=_PER_SECOND, transient=True, vertical_overflow="crop")
+        # What does not fit on the screen cannot be drawn anew; its end appears with the whole block. Markdown is parsed
+        # when it is drawn, not for every token.
+        self._live = Live(
+            console=console,
+            refresh_per_second=_PER_SECOND,
+            transient=True,
+            vertical_overflow="crop",
+            get_renderable=lambda: Markdown(self._open),
+        )
 
     def __enter__(self) -> MarkdownStream:
         self._live.start()
@@ -25,14 +32,14 @@ class MarkdownStream:
         self._open += piece
         at = end_of_whole_blocks(self._open)
         if at:
-            self._live.console.print(Markdown(self._open[:at]))
-            self._open = self._open[at:]
-        self._live.update(Markdown(self._open))
+            whole, self._open = self._open[:at], self._open[at:]
+            self._live.console.print(Markdown(whole))
 
     def __exit__(self, *failure: object) -> None:
+        rest, self._open = self._open, ""  # a last frame that is taller than the screen could not be taken back
         self._live.stop()
-        if self._open.strip():
-            self._console.print(Markdown(self._open))
+        if rest.strip():
+            self._console.print(Markdown(rest))
 
 
 def end_of_whole_blocks(text: str) -> int:

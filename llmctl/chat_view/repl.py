@@ -60,6 +60,8 @@ class Repl:
                     self.terminal.show(self.desk.ask(line))
             except UserError as error:
                 self.terminal.error(error)
+            except OSError as error:  # a file that cannot be written ends no conversation
+                self.terminal.error(UserError(f"{error.filename or 'a file'}: {error.strerror or error}"))
             except KeyboardInterrupt:
                 self.terminal.say("stopped")
 

@@ -38,6 +38,8 @@ def command(models, arena, sampling):
         return
     if len(models) != 2 or arena.prompts is None:
         raise CalledWrongly("expected two models and --prompts FILE, or --table")
+    if os.path.abspath(models[0]) == os.path.abspath(models[1]):
+        raise CalledWrongly(f"{models[0]} and {models[1]} are one model, which nobody can prefer to itself")
     from llmctl.arena.blind import pair, read_prompts
     from llmctl.arena.votes import append
     from llmctl.chat.engine import Engine

@@ -46,9 +46,7 @@ def command(model, chat, sampling):
     if sampling.searches:
         raise CalledWrongly("--num-beams searches; a chat draws its answers", hint="llmctl generate --num-beams")
 
-    from llmctl.chat.engine import Engine
-
-    engine = Engine.open(path, chat.dtype, chat.device, chat.adapter, chat.force, chat.chat_template, chat.provider)
+    engine = desks.engine_of(path, chat, chat.adapter)
     if sys.stdin.isatty() and sys.stdout.isatty():
         _at_terminal(engine, chat, sampling)
         return

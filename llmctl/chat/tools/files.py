@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from llmctl.errors import UserError
 
 _MAX_LINES = 2000
 _MAX_LINE = 2000
 _MAX_NAMES = 500
+_BLOCK = 4 * _MAX_LINE  # bytes: a character has four at most
 
 
 class Directory:
@@ -40,7 +43,7 @@ class Directory:
             if b"\0" in file.read(4096):
                 raise UserError(f"{path}: not a text file")
             file.seek(0)
-            found = list(itertools.islice(file, first - 1, first - 1 + count))
+            found = list(itertools.islice(_lines(file), first - 1, first - 1 + count))
         if not found:
             raise UserError(f"{path}: there is no line {first}")
         texts = (line.decode(errors="replace").rstrip("\r\n")[:_MAX_LINE] for line in found)
@@ -51,3 +54,11 @@ class Directory:
         if place != self.top and self.top not in place.parents:
             raise UserError(f"{path}: outside of the directory that may be read")
         return place
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    """The beginning of each line, whose rest is read over: one line may be larger than memory."""
+    while line := file.readline(_BLOCK):
+        yield line
+        while not line.endswith(b"\n") and (line := file.readline(_BLOCK)):
+            pass
