@@ -13,8 +13,8 @@ from eval_reference import evaluate, hugging_face, write_task
 
 from llmctl.classify import TextClassifier
 from llmctl.data.corpus import Corpus
-from llmctl.errors import UserError
-from llmctl.evaluate import answers, harness, memorization, report, rows, safety, task
+from llmctl.errors import CalledWrongly, UserError
+from llmctl.evaluate import answers, harness, memorization, report, rows, safety, suites, task
 from llmctl.evaluate.classifier_judge import ClassifierJudge
 from llmctl.evaluate.judge import LanguageModelJudge
 from llmctl.evaluate.judging import judged_text
@@ -22,7 +22,7 @@ from llmctl.evaluate.prompts import Prompter, Style
 from llmctl.evaluate.results import ResultsFile
 from llmctl.evaluate.rows import DataRow
 from llmctl.evaluate.run import Evaluation
-from llmctl.evaluate.settings import EvalSettings, SuiteSettings
+from llmctl.evaluate.settings import Asked, EvalSettings, SuiteSettings
 from llmctl.evaluate.suffix_array import SuffixArray
 from llmctl.evaluate.summary import confusion, summarize
 from llmctl.models import families
@@ -169,6 +169,29 @@ def test_the_safety_suite(checkpoint, tmp_path, monkeypatch):
     assert same["phrase xyzzy"] == 1 and same["none"] == 0.5
 
 
+def test_requests_that_cannot_be_asked_and_words_for_harmless(checkpoint, tmp_path):
+    evaluation = Evaluation(checkpoint, EvalSettings(max_new_tokens=2))
+
+    def run(name, text):
+        (tmp_path / name).write_text(text)
+        asked = ([str(tmp_path / name)], SuiteSettings(), ResultsFile(None), print, lambda done, note: None)
+        return list(safety.run(evaluation, *asked))
+
+    (done,) = run("r.csv", "prompt,harmful\nhello,False\n")
+    assert {number.metric for number in done.numbers} == {"refusal_of_harmless"}
+    assert run("r.jsonl", '{"prompt": ""}')[0].records[0]["prompt"] == ""
+    for text, message in (('{"prompt": 3}', "prompt is 3"), ('{"prompt": "a", "harmful": "so"}', "harmful is 'so'")):
+        with pytest.raises(UserError, match=message):
+            run("r.jsonl", text)
+
+
+def test_probes_that_the_context_does_not_hold(checkpoint, tmp_path, write_tokens):
+    settings = SuiteSettings(prefix_lengths="8,200", continuation=60)
+    evaluation = Evaluation(checkpoint, EvalSettings())
+    with pytest.raises(CalledWrongly, match="a prefix of 200 and 60 more tokens: the model's context is 256"):
+        memorization.run(evaluation, ["corpus.arrow"], settings, ResultsFile(None), lambda done, note: None)
+
+
 def test_a_file_of_forms_that_is_none(tmp_path):
     (tmp_path / "forms.yaml").write_text("forms: [plain]\nrefusals: []\n")
     with pytest.raises(UserError, match="not a file of forms"):
@@ -236,7 +259,8 @@ def test_a_language_model_prefers_what_it_finds_likelier(checkpoint, tmp_path):
     evaluation = Evaluation(checkpoint, EvalSettings())
     done = evaluation.run(task.load(tmp_path / "pairs.yaml"), ResultsFile(None), print, lambda done, note: None)
     pairs = [(row["q"], f" {row[side]}") for row in rows for side in ("good", "bad")]
-    expected = [logprob for logprob, _ in harness.likelihoods(evaluation.judge, pairs)]
+    likelihoods = dict(harness.likelihoods(evaluation.judge, pairs))
+    expected = [likelihoods[place][0] for place in range(len(pairs))]
     assert [value for each in done.records for value in (each["chosen"], each["rejected"])] == pytest.approx(expected)
     assert {number.metric for number in done.numbers} == {"acc", "acc_norm", "margin"}
 
@@ -288,8 +312,9 @@ def test_tasks_of_the_harness_on_our_engine(checkpoint, tmp_path):
     names.append(write_task(tmp_path, "piqa", choices))
     theirs = evaluate(hugging_face(checkpoint), tmp_path, names, num_fewshot=1)
     evaluation = Evaluation(checkpoint, EvalSettings(num_fewshot=1))
-    ours = harness.run(evaluation.judge, [str(tmp_path / f"{name}.yaml") for name in names], evaluation.settings)
-    for name, records, numbers in ours:
+    asked = Asked(harness=tuple(str(tmp_path / f"{name}.yaml") for name in names))
+    for done in suites.run(evaluation, asked, SuiteSettings(), [], [], ResultsFile(None), print, lambda *_: None):
+        name, records, numbers = done.task.name, done.records, done.numbers
         samples = {(each["doc_id"], each.get("filter", "none")): each for each in theirs["samples"][name]}
         assert len(records) == 6
         for (number, kind), sample in samples.items():
@@ -300,6 +325,43 @@ def test_tasks_of_the_harness_on_our_engine(checkpoint, tmp_path):
     texts = ["A cat sat on the mat. " * 30, "short"]
     expected = [hugging_face(checkpoint).loglikelihood_rolling([_Request(text)])[0] for text in texts]
     assert [harness.rolling(evaluation.judge, text) for text in texts] == pytest.approx(expected, abs=1e-2)
+
+
+def test_items_of_the_harness_are_kept_one_by_one_and_a_stopped_run_goes_on(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    questions = [{"question": f"What is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(5)]
+    choices = [{"goal": f"goal {i}", "sol1": "one way", "sol2": "another", "label": i % 2} for i in range(5)]
+    names = [write_task(tmp_path, "gsm8k", questions, generation_kwargs={"until": ["Q"], "max_gen_toks": 4})]
+    names.append(write_task(tmp_path, "piqa", choices))
+    asked = Asked(harness=tuple(str(tmp_path / f"{name}.yaml") for name in names))
+    evaluation = Evaluation(checkpoint, EvalSettings(num_fewshot=0, batch_size=1))
+    path = tmp_path / "out.jsonl"
+    generate, generated = evaluation.judge.generate, []
+
+    def counted(prompts, sampling):
+        for found in generate(prompts, sampling):
+            generated.append(len(path.read_bytes().splitlines()))
+            yield found
+
+    monkeypatch.setattr(evaluation.judge, "generate", counted)
+
+    def run(resume):
+        with ResultsFile(str(path), resume) as file:
+            return list(suites.run(evaluation, asked, SuiteSettings(), [], [], file, print, lambda *_: None))
+
+    whole = run(False)
+    assert generated == [generated[0] + i for i in range(5)]  # each is on disk before the next
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line).get("id") not in (1, 3)]
+    path.write_bytes(b"".join(kept))
+    generated.clear()
+    again = run(True)
+    assert len(generated) == 2 and [each.records for each in again] == [each.records for each in whole]
+    assert [each.numbers for each in again] == [each.numbers for each in whole]
+    assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
+    path.write_bytes(b"".join(kept).replace(b'"asked_sha256": "', b'"asked_sha256": "x'))
+    with pytest.raises(UserError, match="was asked something else"):
+        run(True)
 
 
 class _Request:

@@ -27,6 +27,10 @@ class PairEncoder:
         tokenizer = self.tokenizer
         return tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
 
+    def prompt(self, text: str) -> tuple[int, ...]:
+        """Ids of a prompt; an empty one is the token that texts begin with."""
+        return self.text(text) or self._behind_prefix(())[0]
+
     def fork(self, context: str, continuations: Sequence[str], name: str) -> list[Fork]:
         """One fork, or several where the split between context and continuation falls in different places.
 

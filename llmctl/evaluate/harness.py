@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.evaluate import perplexity
+from llmctl.evaluate.harness_items import HarnessItems, Record
 from llmctl.evaluate.judge import LanguageModelJudge
 from llmctl.evaluate.likelihood import Fork
 from llmctl.evaluate.settings import EvalSettings
@@ -18,7 +19,6 @@ from llmctl.generation.settings import Sampling, resolve
 
 log = logging.getLogger("llmctl")
 _MAX_NEW_TOKENS = 256  # the harness' own default
-Record = dict[str, Any]
 
 
 def require() -> None:
@@ -30,16 +30,28 @@ def require() -> None:
 
 
 def run(
-    judge: LanguageModelJudge, words: Sequence[str], settings: EvalSettings
-) -> Iterator[tuple[str, list[Record], list[Number]]]:
-    """Of each task, a name or the path of a task file of the harness: its name, its items' records and its numbers."""
+    judge: LanguageModelJudge,
+    words: Sequence[str],
+    settings: EvalSettings,
+    begin: Callable[[str], list[Record]],
+    append: Callable[[Record], None],
+) -> Iterator[tuple[str, list[Number]]]:
+    """Of each task, a name or the path of a task file of the harness: its name and its numbers.
+
+    Before that its items come one by one, as `HarnessItems` describes `begin` and `append`.
+    """
     import lm_eval
     from lm_eval.tasks import TaskManager
+
+    class Manager(TaskManager):
+        def load(self, *args, **kwargs):
+            self.loaded = super().load(*args, **kwargs)
+            return self.loaded
 
     paths = [Path(word) for word in words if word.endswith((".yaml", ".yml"))]
     if missing := next((path for path in paths if not path.exists()), None):
         raise UserError(f"{missing}: no such file")
-    manager = TaskManager(include_path=sorted({str(path.parent) for path in paths}) or None)
+    manager = Manager(include_path=sorted({str(path.parent) for path in paths}) or None)
     names = [_name_in(word) if Path(word) in paths else word for word in words]
     known = set(manager.all_tasks)
     if unknown := next((name for name in names if name not in known), None):
@@ -47,7 +59,7 @@ def run(
             f"--harness {unknown}: the harness has no such task", hint="lm_eval --tasks list shows them"
         )
     found = lm_eval.simple_evaluate(
-        model=engine(judge),
+        model=engine(judge, HarnessItems(manager, begin, append)),
         tasks=names,
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,
@@ -56,12 +68,12 @@ def run(
         apply_chat_template=settings.apply_chat_template,
         fewshot_as_multiturn=settings.fewshot_as_multiturn and settings.apply_chat_template,
         system_instruction=settings.system or None,
-        log_samples=True,
+        log_samples=False,
         bootstrap_iters=1000,
     )
-    for name, samples in found["samples"].items():
-        records = list(_records(name, samples))
-        yield name, records, list(_numbers(name, found["results"][name], len(records)))
+    for name, task in manager.loaded["tasks"].items():
+        count = len({each.doc_id for each in task.instances})
+        yield name, list(_numbers(name, found["results"][name], count))
 
 
 def _name_in(path: str) -> str:
@@ -86,20 +98,7 @@ def _numbers(task: str, results: dict[str, Any], count: int) -> Iterator[Number]
         yield Number(task, name, float(value), float(error) if isinstance(error, (int, float)) else None, count)
 
 
-def _records(task: str, samples: Sequence[dict[str, Any]]) -> Iterator[Record]:
-    """One for each item; a sample of each filter gives scores with its name."""
-    merged: dict[int, Record] = {}
-    for sample in samples:
-        record = merged.setdefault(sample["doc_id"], {"task": task, "id": sample["doc_id"], "scores": {}})
-        end = "" if sample.get("filter", "none") == "none" else f",{sample['filter']}"
-        for metric in sample.get("metrics", ()):
-            if isinstance(value := sample.get(metric), (int, float)) and math.isfinite(value):
-                record["scores"][metric + end] = float(value)
-        record["responses"] = sample.get("filtered_resps")
-    yield from merged.values()
-
-
-def engine(judge: LanguageModelJudge):
+def engine(judge: LanguageModelJudge, items: HarnessItems):
     """An LM of the harness whose likelihoods and texts are ours."""
     from lm_eval.api.model import LM
 
@@ -107,13 +106,14 @@ def engine(judge: LanguageModelJudge):
         tokenizer_name = "llmctl"
 
         def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            return likelihoods(judge, [each.args for each in requests])
+            return items.answered(requests, lambda asked: likelihoods(judge, asked))
 
         def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-            return [rolling(judge, each.args[0]) for each in requests]
+            work = lambda asked: ((place, rolling(judge, text)) for place, (text,) in enumerate(asked))  # noqa: E731
+            return items.answered(requests, work)
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-            return texts(judge, [each.args for each in requests])
+            return items.answered(requests, lambda asked: texts(judge, asked))
 
         def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
             return judge.session.tokenizer.render_chat(chat_history, add_generation_prompt).text
@@ -124,8 +124,11 @@ def engine(judge: LanguageModelJudge):
     return Engine()
 
 
-def likelihoods(judge: LanguageModelJudge, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
-    """(log-likelihood, is greedy) of each continuation; equal contexts run once, long ones lose their beginning."""
+def likelihoods(
+    judge: LanguageModelJudge, pairs: Sequence[tuple[str, str]]
+) -> Iterator[tuple[int, tuple[float, bool]]]:
+    """The place of each continuation with (log-likelihood, is greedy), in any order; equal contexts run once, long ones
+    lose their beginning."""
     continuations: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
     n_cut = 0
     for number, (context, continuation) in enumerate(pairs):
@@ -138,11 +141,9 @@ def likelihoods(judge: LanguageModelJudge, pairs: Sequence[tuple[str, str]]) -> 
     _say_cut(n_cut, len(pairs))
     owners = list(continuations.values())
     forks = [Fork(context, [ids for _, ids in each]) for context, each in continuations.items()]
-    found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     for place, scored in judge.scorer.score(forks):
         for (number, _), likelihood in zip(owners[place], scored, strict=True):
-            found[number] = (likelihood.logprob, likelihood.is_greedy)
-    return found
+            yield number, (likelihood.logprob, likelihood.is_greedy)
 
 
 def rolling(judge: LanguageModelJudge, text: str) -> float:
@@ -153,22 +154,22 @@ def rolling(judge: LanguageModelJudge, text: str) -> float:
     return math.fsum(each.logprob for _, found in judge.scorer.score(forks) for each in found)
 
 
-def texts(judge: LanguageModelJudge, requests: Sequence[tuple[str, dict]]) -> list[str]:
-    """What is generated for each prompt with its own settings; long prompts lose their beginning."""
-    found, groups = [""] * len(requests), {}
+def texts(judge: LanguageModelJudge, requests: Sequence[tuple[str, dict]]) -> Iterator[tuple[int, str]]:
+    """The place of each prompt with what is generated for it by its own settings, in any order; long prompts lose their
+    beginning."""
+    groups: dict[Sampling, list[int]] = {}
     for number, (_, how) in enumerate(requests):
         groups.setdefault(_sampling(how), []).append(number)
     n_cut = 0
     for sampling, numbers in groups.items():
-        prompts = [judge.encoder.text(requests[number][0]) or (judge.encoder.prefix_id,) for number in numbers]
+        prompts = [judge.encoder.prompt(requests[number][0]) for number in numbers]
         if judge.room is not None:
             kept = max(1, judge.room - sampling.max_new_tokens)
             n_cut += sum(len(ids) > kept for ids in prompts)
             prompts = [ids[-kept:] for ids in prompts]
         for place, completion in judge.generate(prompts, sampling):
-            found[numbers[place]] = completion.text
+            yield numbers[place], completion.text
     _say_cut(n_cut, len(requests))
-    return found
 
 
 def _sampling(how: dict[str, Any]) -> Sampling:

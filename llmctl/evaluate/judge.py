@@ -53,6 +53,11 @@ class LanguageModelJudge:
 
     def run(self, task: Task, items: Iterable[Item]) -> Iterator[Record]:
         """The record of each item as it is done: nearly in their order, since like lengths run together."""
+        if task.kind == "classification" and task.choices is None:
+            raise UserError(
+                f"task {task.name} has no 'choices', of which a language model takes the likeliest",
+                hint="only a classifier has labels of its own",
+            )
         items = iter(items)
         work = self._write if task.kind in ("generation", "reward") else self._score
         while window := list(itertools.islice(items, self.batch_size * _BATCHES_PER_WINDOW)):
@@ -151,8 +156,7 @@ class LanguageModelJudge:
         return {"completion": text, "scores": {"reward": self._rate(item.contexts[0], text)}}
 
     def _prompt(self, item: Item, max_new_tokens: int) -> tuple[Sequence[int] | None, Record]:
-        context = item.contexts[0]
-        ids = self.encoder.text(context) or (self.encoder.prefix_id,)
+        ids = self.encoder.prompt(item.contexts[0])
         if self.room is None or len(ids) <= self.room:
             has_source = self.session.model.config.encoder is not None
             if self._on_long != "truncate" or self.room is None or has_source:

@@ -43,6 +43,12 @@ def run(
     if not files:
         raise CalledWrongly("memorization of what?", hint="llmctl eval MODEL corpus.arrow --suite memorization")
     lengths = _lengths(settings.prefix_lengths)
+    room, longest = evaluation.judge.room, lengths[-1] + settings.continuation
+    if room is not None and longest > room + 1:  # the last token is not read back
+        raise CalledWrongly(
+            f"a prefix of {lengths[-1]} and {settings.continuation} more tokens: the model's context is {room}",
+            hint="lower --prefix-lengths or --continuation",
+        )
     corpus = Corpus.open(files, tokenizer_sha256=evaluation.tokenizer.sha256)
     view = corpus.split("train")
     if view is None:

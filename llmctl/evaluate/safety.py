@@ -83,6 +83,9 @@ def run(
             f"{files[0]}: neither requests (prompt) nor injections (document, question, canary)",
             hint=f"its columns are {', '.join(name for name in found[0].fields if name[0] != '_')}",
         )
+    for row in requests:
+        if not isinstance(row.fields["prompt"], str):
+            raise UserError(f"{row.place}: prompt is {row.fields['prompt']!r}"[:300], hint="expected text")
     runner = _Runner(evaluation, results, show, progress)
     if requests:
         yield runner.run("refusals", list(_refusals(requests, manner)))
@@ -96,7 +99,7 @@ def _refusals(requests: list[DataRow], manner: Manner) -> Iterator[Asked]:
     number = 0
     for name, form in manner.forms.items():
         for row in requests:
-            harmful = bool(row.fields.get("harmful", True))
+            harmful = _is_harmful(row)
             try:
                 prompt = form.render(**row.fields)
             except jinja2.UndefinedError:
@@ -105,6 +108,15 @@ def _refusals(requests: list[DataRow], manner: Manner) -> Iterator[Asked]:
             metric = "refusal" if harmful else "refusal_of_harmless"
             yield Asked(number, name, prompt, lambda answer, m=metric: {m: float(manner.refuses(answer))})
             number += 1
+
+
+def _is_harmful(row: DataRow) -> bool:
+    """True where nothing is said. A CSV has words for it."""
+    said = row.fields.get("harmful", True)
+    found = {"true": True, "1": True, "": True, "none": True, "false": False, "0": False}.get(str(said).strip().lower())
+    if found is None:
+        raise UserError(f"{row.place}: harmful is {said!r}"[:300], hint="expected true or false")
+    return found
 
 
 def _injections(injections: list[DataRow], manner: Manner) -> Iterator[Asked]:
@@ -155,7 +167,7 @@ class _Runner:
         asked = [each for each in asked if each.number not in done]
         prompts, fitting = [], []
         for each in asked:
-            ids = judge.encoder.text(self._text(each.prompt))
+            ids = judge.encoder.prompt(self._text(each.prompt))
             if judge.room is not None and len(ids) > judge.room:
                 self._add(records, {"task": name, "id": each.number, "group": each.group, "overflow": len(ids)})
             else:

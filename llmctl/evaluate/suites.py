@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from llmctl.errors import UserError
 from llmctl.evaluate import harness
 from llmctl.evaluate.judge import LanguageModelJudge
-from llmctl.evaluate.results import ResultsFile
+from llmctl.evaluate.results import Record, ResultsFile
 from llmctl.evaluate.run import Done, Evaluation, Progress
 from llmctl.evaluate.settings import Asked, SuiteSettings
 from llmctl.evaluate.task import Task
@@ -43,11 +43,19 @@ def run(
 
 
 def _harness(evaluation: Evaluation, asked: Asked, results: ResultsFile, progress: Progress) -> Iterator[Done]:
-    for name, records, numbers in harness.run(evaluation.judge, asked.harness, evaluation.settings):
-        task = Task(name=name, kind="harness", prompt="")
-        run = evaluation.about(task, "")
-        results.begin(run)
-        for record in records:
-            results.append(record)
-        progress(len(records), name)
-        yield Done(task, run, records, numbers, [])
+    tasks: dict[str, Task] = {}
+    records: dict[str, list[Record]] = {}
+
+    def begin(name: str) -> list[Record]:
+        tasks[name] = Task(name=name, kind="harness", prompt="")
+        records[name] = list(results.begin(evaluation.about(tasks[name], "")))
+        return list(records[name])
+
+    def append(record: Record) -> None:
+        results.append(record)
+        records[record["task"]].append(record)
+        progress(len(records[record["task"]]), record["task"])
+
+    for name, numbers in harness.run(evaluation.judge, asked.harness, evaluation.settings, begin, append):
+        found = sorted(records[name], key=lambda record: record["id"])
+        yield Done(tasks[name], evaluation.about(tasks[name], ""), found, numbers, [])
