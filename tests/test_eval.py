@@ -356,6 +356,16 @@ def test_paired_significance(tmp_path):
     assert same.mcnemar_p == 1 and same.bootstrap_p == 1 and same.difference == 0
 
 
+@pytest.mark.parametrize(
+    ("line", "missing"),
+    [({"kind": "run"}, "task"), ({"kind": "run", "task": "t"}, "task_kind"), ({"kind": "item"}, "task")],
+)
+def test_a_line_of_results_that_lacks_something(tmp_path, line, missing):
+    (tmp_path / "a").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=f"a:1: a line of results without '{missing}'"):
+        results.read(tmp_path / "a")
+
+
 def test_the_error_of_a_ratio_is_that_of_resampled_windows():
     draw = np.random.default_rng(0)
     tokens = draw.integers(20, 200, 300)

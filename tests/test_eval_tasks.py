@@ -11,11 +11,13 @@ from eval_reference import SHIPPED, evaluate, hellaswag_rows, hugging_face, writ
 
 from llmctl.errors import UserError
 from llmctl.evaluate import answers, rows, task
+from llmctl.evaluate.judge import LanguageModelJudge
 from llmctl.evaluate.prompts import Prompter, Style
 from llmctl.evaluate.results import ResultsFile
 from llmctl.evaluate.run import Evaluation
 from llmctl.evaluate.settings import EvalSettings
 from llmctl.evaluate.task import Extraction
+from llmctl.generation.session import Session
 from llmctl.tokenizer import Tokenizer
 
 LETTERS = "ABCDE"
@@ -216,12 +218,78 @@ def test_an_answer_outside_the_choices(tmp_path, label):
         ({"kind": "generation", "prompt": "x", "fewshot": {"sampler": "last"}}, "expected random or first"),
         ({"kind": "generation", "prompt": "x", "extract": {"a": {"pattern": "."}}}, "unknown key 'pattern'"),
         ([1], "expected keys and values"),
+        ({"kind": ["generation"], "prompt": "x"}, r"kind is \['generation'\]"),
+        ({"kind": "generation", "prompt": 3}, "prompt is 3; expected text"),
+        ({"kind": "generation", "prompt": "x", "data": 4}, "data is 4; expected text"),
+        ({"kind": "generation", "prompt": "x", "fewshot": 3}, "fewshot: expected keys and values, got 3"),
+        ({"kind": "generation", "prompt": "x", "extract": 3}, "extract is 3; expected keys and values"),
+        ({"kind": "generation", "prompt": "x", "extract": {"a": {}}}, "extract a: there is no 'regex'"),
+        ({"kind": "generation", "prompt": "x", "extract": {"a": {"regex": "("}}}, "'[(]' is no regular expression"),
+        ({"kind": "generation", "prompt": "x", "ignore": ["("]}, "'[(]' is no regular expression"),
+        ({"kind": "generation", "prompt": "x", "num_fewshot": "2"}, "num_fewshot is '2'; expected a whole number"),
+        ({"kind": "generation", "prompt": "x", "num_fewshot": True}, "num_fewshot is True; expected a whole number"),
+        ({"kind": "generation", "prompt": "x", "num_fewshot": -1}, "num_fewshot is at least 0"),
+        ({"kind": "generation", "prompt": "x", "seconds": "2"}, "seconds is '2'; expected a number"),
+        ({"kind": "generation", "prompt": "x", "stop": 3}, "stop is 3; expected a list of texts"),
+        ({"kind": "generation", "prompt": "x", "form": {"columns": 3}}, "form: columns is 3; expected a list of texts"),
+        ({"kind": "generation", "prompt": "x", "metrics": ["acc"]}, "no metric 'acc' of a task of kind generation"),
+        ({"kind": "generation", "prompt": "x", "metrics": ["pass@1"]}, "pass@1 needs 'code'"),
     ],
 )
 def test_a_task_file_that_is_wrong(tmp_path, content, message):
     (tmp_path / "mine.yaml").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         task.load(tmp_path / "mine.yaml")
+
+
+def test_one_text_is_a_list_of_one(tmp_path):
+    content = {"kind": "generation", "prompt": "x", "stop": "Question", "metrics": "f1"}
+    (tmp_path / "mine.yaml").write_text(json.dumps(content))
+    one = task.load(tmp_path / "mine.yaml")
+    assert (one.stop, one.metrics) == (("Question",), ("f1",))
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "message"),
+    [
+        ("{{ text }}", 0, "the choices are 'left right'"),
+        ("{{ both }}", 0, r"the choices are {'text': \['left'\]}"),
+        ([], 0, r"the choices are \[\]"),
+        (["a", "b"], 0.5, "the answer 0.5 is none of the choices"),
+        (["a", "b"], "{{ [0, 0] }}", r"the labels \[0, 0\] mark no choice as right"),
+    ],
+)
+def test_choices_that_are_none(choices, answer, message):
+    one = task.Task(name="mine", kind="multiple_choice", prompt="{{ text }}", choices=choices, answer=answer)
+    row = rows.DataRow(0, "rows:1", {"text": "left right", "both": {"text": ["left"]}})
+    with pytest.raises(UserError, match=f"rows:1: {message}"):
+        list(Prompter(one, Style(), None).items([row]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"kind": "regression", "answer": "abc"}, "rows:1: the answer 'abc' is no number"),
+        ({"kind": "classification", "answer": "a"}, "has no 'choices', of which a language model takes the likeliest"),
+    ],
+)
+def test_answers_that_cannot_be_judged(content, message, data):
+    session = Session.open(data / "models" / "stories260K")
+    one = task.Task(name="mine", prompt="x", **content)
+    items = Prompter(one, Style(), None).items([rows.DataRow(0, "rows:1", {})])
+    with pytest.raises(UserError, match=message):
+        list(LanguageModelJudge(session).run(one, items))
+
+
+def test_a_table_without_a_header(tmp_path):
+    (tmp_path / "art_test.csv.gz").write_bytes(gzip.compress(b'[Which?],a,b,c,d,B\n"{x}",a,b,c,d,A\n'))
+    assert [item.answer for item in items_of("mmlu", tmp_path / "art_test.csv.gz")] == [1, 0]
+    (tmp_path / "bad.csv").write_bytes(b"q,a,b,c,d,A\nq,a\n")
+    with pytest.raises(UserError, match="bad.csv:2: 2 cells, expected 6"):
+        items_of("mmlu", tmp_path / "bad.csv")
+    (tmp_path / "latin.csv").write_bytes(b"q,a,b,c,d,A\n\xff,a,b,c,d,A\n")
+    with pytest.raises(UserError, match="latin.csv:2: the byte 0xff is not UTF-8"):
+        items_of("mmlu", tmp_path / "latin.csv")
 
 
 def test_examples_are_drawn_by_their_seed_and_are_never_the_question(tmp_path):

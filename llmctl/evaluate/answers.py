@@ -7,7 +7,6 @@ import re
 import string
 from collections.abc import Sequence
 
-from llmctl.errors import UserError
 from llmctl.evaluate.task import Extraction, Task
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -82,8 +81,6 @@ def rated(text: str, expected: Sequence[str], task: Task) -> dict[str, float]:
     for metric in task.metrics or ("exact_match",):
         if metric == "pass@1":
             continue
-        if metric not in SIMPLE:
-            raise UserError(f"task {task.name}: no metric {metric!r} of texts", hint=f"there are {', '.join(SIMPLE)}")
         for name, how in task.extract.items():
             found[f"{metric},{name}"] = SIMPLE[metric](extracted(text, how), expected, task)
         if not task.extract:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from llmctl.errors import UserError
 from llmctl.evaluate import answers, templates
 from llmctl.evaluate.likelihood import Likelihood
 from llmctl.evaluate.prompts import Item
@@ -53,7 +54,14 @@ def _regression(item: Item, found: Sequence[Likelihood]) -> dict[str, Any]:
 
 
 def measured(item: Item, value: float) -> dict[str, Any]:
-    return {"answer": float(item.answer), "predicted": value, "scores": {}}
+    """Raises UserError for an answer that is no number."""
+    try:
+        answer = float(item.answer)
+    except (TypeError, ValueError):
+        answer = math.nan
+    if not math.isfinite(answer):
+        raise UserError(f"{item.place}: the answer {item.answer!r} is no number", hint="a regression needs one")
+    return {"answer": answer, "predicted": value, "scores": {}}
 
 
 def _preference(item: Item, found: Sequence[Likelihood]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,10 +151,15 @@ def _question(task: Task, row: DataRow) -> tuple[list[str], Any]:
     answer = None if task.answer is None else templates.value(task.answer, row.fields, row.place)
     if task.choices is None:
         return [], answer
-    choices = [str(each) for each in templates.value(task.choices, row.fields, row.place)]
+    found = templates.value(task.choices, row.fields, row.place)
+    if isinstance(found, (str, Mapping)) or not isinstance(found, Iterable) or not found:
+        raise UserError(f"{row.place}: the choices are {found!r}"[:300], hint="expected a list of at least one")
+    choices = [str(each) for each in found]
     if isinstance(answer, (list, tuple)):
         if len(answer) != len(choices):
             raise UserError(f"{row.place}: {len(answer)} labels for {len(choices)} choices")
+        if 1 not in answer:
+            raise UserError(f"{row.place}: the labels {answer!r} mark no choice as right (1)")
         return choices, list(answer)
     index = _index(answer, choices)
     if index is None:
@@ -170,7 +175,9 @@ def _index(answer: Any, choices: list[str]) -> int | None:
         return choices.index(answer)
     try:
         number = int(answer)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if isinstance(answer, float) and number != answer:
         return None
     return number if 0 <= number < len(choices) else None
 

@@ -50,6 +50,9 @@ def read(path: str | os.PathLike) -> list[Section]:
 def _add(sections: dict[str, Section], content: Any, place: str) -> None:
     if not isinstance(content, dict) or content.get("kind") not in ("run", "item"):
         raise UserError(f"{place}: not a line of results", hint="llmctl eval MODEL --task NAME -o FILE writes them")
+    needed = ("task", "task_kind", "metrics", "model") if content["kind"] == "run" else ("task", "id")
+    if missing := next((key for key in needed if key not in content), None):
+        raise UserError(f"{place}: a line of results without {missing!r}")
     if content["kind"] == "run":
         sections[content["task"]] = Section(content, [])
     elif content["task"] not in sections:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ _SPLIT = re.compile(r"[_-](dev|val|valid|validation|test|train)$")
 class Form:
     """How a file is read beyond what it shows itself.
 
-    `lines`: each line is a row with the column text. `columns` names those of a CSV that has no header. `unnest` are keys
+    `lines`: each line is a row with the column text. `columns` names those of a CSV or TSV that has no header. `unnest` are keys
     of lists inside each other, whose innermost items are the rows and have the keys around them too. `labels` is the end of
     the name of a file beside it with a label in each line.
     """
@@ -61,7 +60,7 @@ def _labelled(path: str, form: Form) -> Iterator[tuple[str, dict[str, Any]]]:
     if beside is None or not beside.exists():
         yield from rows
         return
-    labels = beside.read_text().split()
+    labels = beside.read_text(encoding="utf-8", errors="replace").split()
     count = 0
     for count, (place, fields) in enumerate(rows, 1):
         if count > len(labels):
@@ -76,18 +75,8 @@ def _plain(path: str, form: Form) -> Iterator[tuple[str, dict[str, Any]]]:
         for row in text_rows.read_rows([path]):
             if row.text.strip():
                 yield row.name, {"text": row.text, **row.rest}
-    elif form.columns and path.endswith(".csv"):
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.reader(file)
-            for cells in reader:
-                if len(cells) != len(form.columns):
-                    raise UserError(
-                        f"{path}:{reader.line_num}: {len(cells)} cells",
-                        hint=f"expected {', '.join(form.columns)}",
-                    )
-                yield f"{path}:{reader.line_num}", dict(zip(form.columns, cells))
     else:
-        for row in formats.read_rows(find_inputs([path])[0]):
+        for row in formats.read_rows(find_inputs([path])[0], form.columns):
             if not isinstance(row, formats.Row):
                 raise UserError(f"{path}: a token stream", hint="it has no rows; give JSON Lines, CSV or parquet")
             if row.error is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,23 @@ KINDS = {
     "preference": ("prompt", "chosen", "rejected"),
     "reward": ("prompt",),
     "perplexity": ("prompt",),
+}
+METRICS = {
+    "multiple_choice": ("acc", "acc_norm", "mc2"),
+    "cloze": ("acc", "perplexity"),
+    "generation": ("exact_match", "squad_exact", "f1", "pass@1"),
+    "classification": ("acc", "macro_f1"),
+    "regression": ("spearman", "rmse"),
+    "preference": ("acc", "acc_norm", "margin"),
+    "reward": ("reward",),
+    "perplexity": ("nats_per_token", "perplexity", "bits_per_byte"),
+}
+_TYPES = {
+    "str": (str, "text"),
+    "int": (int, "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": (bool, "true or false"),
+    "dict[str, Extraction]": (dict, "keys and values"),
 }
 
 
@@ -114,36 +132,70 @@ def load(path: str | Path) -> Task:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a task file: expected keys and values")
     content = {"name": Path(path).stem, **content}
-    _check_keys(content, path)
-    if content.get("data"):
-        content["data"] = str(Path(path).parent / content["data"])
-    fewshot = _part(FewShot, content.get("fewshot", {}), f"{path}: fewshot")
-    if fewshot.data:
-        fewshot = dataclasses.replace(fewshot, data=str(Path(path).parent / fewshot.data))
-    content["fewshot"], content["form"] = fewshot, _part(Form, content.get("form", {}), f"{path}: form")
-    extract = content.get("extract", {})
+    kind = content.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"{path}: kind is {kind!r}; expected {', '.join(KINDS)}")
+    if content.get("prompt") is None:
+        raise UserError(f"{path}: a task of kind {kind} needs 'prompt'")
+    extract = _typed(content.get("extract", {}), "dict[str, Extraction]", f"{path}: extract")
     content["extract"] = {name: _part(Extraction, each, f"{path}: extract {name}") for name, each in extract.items()}
+    content["fewshot"] = _part(FewShot, content.get("fewshot", {}), f"{path}: fewshot")
+    content["form"] = _part(Form, content.get("form", {}), f"{path}: form")
     task = _part(Task, content, str(path))
+    _check(task, path)
+    beside = lambda data: None if data is None else str(Path(path).parent / data)  # noqa: E731
+    fewshot = dataclasses.replace(task.fewshot, data=beside(task.fewshot.data))
+    return dataclasses.replace(task, data=beside(task.data), fewshot=fewshot)
+
+
+def _check(task: Task, path: str | Path) -> None:
+    """Raise UserError for what would be found out in the middle of a run, or never."""
     if missing := next((key for key in KINDS[task.kind] if getattr(task, key) is None), None):
         raise UserError(f"{path}: a task of kind {task.kind} needs {missing!r}")
-    return task
-
-
-def _check_keys(content: dict[str, Any], path: str | Path) -> None:
-    if content.get("kind") not in KINDS:
-        raise UserError(f"{path}: kind is {content.get('kind')!r}; expected {', '.join(KINDS)}")
-    if "prompt" not in content:
-        raise UserError(f"{path}: a task of kind {content['kind']} needs 'prompt'")
-    if content.get("fewshot", {}).get("sampler", "random") not in ("random", "first"):
-        raise UserError(f"{path}: sampler is {content['fewshot']['sampler']!r}; expected random or first")
+    if unknown := next((metric for metric in task.metrics if metric not in METRICS[task.kind]), None):
+        known = ", ".join(METRICS[task.kind])
+        raise UserError(f"{path}: no metric {unknown!r} of a task of kind {task.kind}", hint=f"there are {known}")
+    if "pass@1" in task.metrics and task.code is None:
+        raise UserError(f"{path}: the metric pass@1 needs 'code', the program that is to be run")
+    if task.fewshot.sampler not in ("random", "first"):
+        raise UserError(f"{path}: sampler is {task.fewshot.sampler!r}; expected random or first")
+    if task.num_fewshot < 0 or task.max_new_tokens < 1 or task.seconds <= 0:
+        raise UserError(f"{path}: num_fewshot is at least 0, max_new_tokens at least 1, seconds more than 0")
+    for pattern in (*task.ignore, *(each.regex for each in task.extract.values())):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{path}: {pattern!r} is no regular expression: {error}") from error
 
 
 def _part(cls, content: Any, name: str):
-    """A dataclass of a mapping; lists become tuples where the field is one."""
+    """A dataclass of a mapping."""
     fields = {each.name: each for each in dataclasses.fields(cls)}
     if not isinstance(content, dict):
         raise UserError(f"{name}: expected keys and values, got {content!r}")
     if unknown := next((key for key in content if key not in fields), None):
         raise UserError(f"{name}: unknown key {unknown!r}", hint=did_you_mean(str(unknown), fields))
-    tuples = {key for key, each in fields.items() if str(each.type).startswith("tuple")}
-    return cls(**{key: tuple(value) if key in tuples else value for key, value in content.items()})
+    missing = [key for key, each in fields.items() if key not in content and _is_needed(each)]
+    if missing:
+        raise UserError(f"{name}: there is no {missing[0]!r}")
+    return cls(**{key: _typed(value, str(fields[key].type), f"{name}: {key}") for key, value in content.items()})
+
+
+def _is_needed(each: dataclasses.Field) -> bool:
+    return each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
+
+
+def _typed(value: Any, kind: str, name: str) -> Any:
+    """A value of the type that its field is annotated with; one text stands for a list of one."""
+    if kind.startswith("tuple"):
+        texts = (value,) if isinstance(value, str) else value
+        if isinstance(texts, (list, tuple)) and all(isinstance(each, str) for each in texts):
+            return tuple(texts)
+        raise UserError(f"{name} is {value!r}; expected a list of texts")
+    if value is None and kind.endswith("| None"):
+        return value
+    expected, words = _TYPES.get(kind.removesuffix(" | None"), (object, ""))
+    is_number = expected is not object and expected is not bool and isinstance(value, bool)
+    if is_number or not isinstance(value, expected):
+        raise UserError(f"{name} is {value!r}; expected {words}")
+    return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import PurePath
@@ -37,11 +37,12 @@ class Row:
     error: UserError | None = None
 
 
-def read_rows(source: Input) -> Iterator[Row | TokenStream]:
+def read_rows(source: Input, columns: Sequence[str] = ()) -> Iterator[Row | TokenStream]:
     """The rows of a file or pipe; a token stream comes as a whole.
 
     JSON Lines, a JSON array, CSV, TSV, parquet and token streams are told apart by their first bytes, CSV and TSV by the
-    name or the first line; each may be compressed. What ends the file for good (damage, no known format) is raised.
+    name or the first line; each may be compressed. `columns` are those of a CSV or TSV without a header, which is known by
+    its name alone. What ends the file for good (damage, no known format) is raised.
     """
     with source.open() as file, damage_named(source.name):
         raw = SequentialSource(file)
@@ -52,12 +53,14 @@ def read_rows(source: Input) -> Iterator[Row | TokenStream]:
         elif head.startswith(_PARQUET):
             yield from _parquet(file if content is raw else None, content, source.name)
         else:
-            yield from _text_rows(content, head, source.name)
+            yield from _text_rows(content, head, source.name, columns)
 
 
-def _text_rows(content: SequentialSource, head: bytes, name: str) -> Iterator[Row]:
+def _text_rows(content: SequentialSource, head: bytes, name: str, columns: Sequence[str]) -> Iterator[Row]:
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-    if first == b"[":
+    if columns and _suffix(name) in _SEPARATORS:
+        yield from _table(content, _separator(head, name), name, list(columns))
+    elif first == b"[":
         yield from _json_array(content, name)
     elif first == b"{":
         yield from _json_lines(content, name)
@@ -110,13 +113,19 @@ def _json_array(content: SequentialSource, name: str) -> Iterator[Row]:
         yield _checked(value, f"{name}:{line}")
 
 
-def _separator(head: bytes, name: str) -> str:
+def _suffix(name: str) -> str:
+    """Of a file's name, without that of its compression; empty where there is none."""
     suffixes = [suffix.lower() for suffix in PurePath(name).suffixes if suffix.lower() not in (".gz", ".zst")]
-    if suffixes and suffixes[-1] in _SEPARATORS:
-        return _SEPARATORS[suffixes[-1]]
+    return suffixes[-1] if suffixes else ""
+
+
+def _separator(head: bytes, name: str) -> str:
+    suffix = _suffix(name)
+    if suffix in _SEPARATORS:
+        return _SEPARATORS[suffix]
     line = head.partition(b"\n")[0]
     found = next((mark for mark in ("\t", ",") if mark.encode() in line), None)
-    if found is None or suffixes:
+    if found is None or suffix:
         raise UserError(
             f"{name}: neither JSON, CSV, TSV, parquet nor a token stream; it begins with {head[:20]!r}",
             hint="llmctl tokenize makes a token stream of plain text",
@@ -124,7 +133,7 @@ def _separator(head: bytes, name: str) -> str:
     return found
 
 
-def _table(content: SequentialSource, separator: str, name: str) -> Iterator[Row]:
+def _table(content: SequentialSource, separator: str, name: str, header: list[str] | None = None) -> Iterator[Row]:
     def text() -> Iterator[str]:
         for number, line in enumerate(_lines(content), 1):
             try:
@@ -133,7 +142,7 @@ def _table(content: SequentialSource, separator: str, name: str) -> Iterator[Row
                 raise UserError(f"{name}:{number}: the byte 0x{line[error.start]:02x} is not UTF-8") from error
 
     reader = csv.reader(text(), delimiter=separator, strict=True)
-    header = None
+    expected = "the header has {}" if header is None else f"expected {{}} ({', '.join(header)})"
     while True:
         place = f"{name}:{reader.line_num + 1}"
         try:
@@ -148,7 +157,7 @@ def _table(content: SequentialSource, separator: str, name: str) -> Iterator[Row
         elif len(cells) == len(header):
             yield Row(place, dict(zip(header, cells)))
         elif cells:
-            yield Row(place, error=UserError(f"{len(cells)} cells, the header has {len(header)}"))
+            yield Row(place, error=UserError(f"{len(cells)} cells, {expected.format(len(header))}"))
 
 
 def _parquet(file: CountedFile | None, content: SequentialSource, name: str) -> Iterator[Row]:
