@@ -112,9 +112,8 @@ typedef struct {
     int32_t bits, scales_dtype;
 } llmctl_quantized_weight;
 
-/* The same as llmctl_linear with such weights. Each 128 elements of a row of x are rounded to a scale times whole numbers,
- * of 8 bits for weights of 4, of 15 for weights of 8; a row with NaN or infinity gives NaN, and of 128 elements none
- * above 1e-30 count as 0. */
+/* The same as llmctl_linear with such weights. Each 128 elements of a row of x are rounded to a scale times whole numbers
+ * of 8 bits; a row with NaN or infinity gives NaN, and of 128 elements none above 1e-30 count as 0. */
 LLMCTL_API int llmctl_quantized_linear(int32_t dtype, const void* x, int64_t x_stride,
                                        const llmctl_quantized_weight* weight, const void* bias, void* out,
                                        int64_t out_stride, int64_t n_rows, int64_t n_in, int64_t n_out);

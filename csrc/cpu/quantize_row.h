@@ -33,24 +33,16 @@ LLMCTL_INLINE void round_all(float* values, float factor, int32_t* to) {
     for (int64_t i = 0; i < quantized_block; ++i) to[i] = static_cast<int32_t>(values[i]);
 }
 
-LLMCTL_INLINE void store_codes(const int32_t* codes, int32_t terms, int8_t* tiles) {
-    for (int64_t half = 0; half < 2; ++half, tiles += terms * tile_bytes) {
-        const int32_t* from = codes + half * 64;
-        if (terms == 1) {
-            for (int64_t i = 0; i < 64; ++i) tiles[i] = static_cast<int8_t>(from[i]);
-        } else {
-            for (int64_t i = 0; i < 64; ++i) tiles[i] = static_cast<int8_t>((from[i] + 64) >> 7);
-            for (int64_t i = 0; i < 64; ++i) {
-                tiles[tile_bytes + i] = static_cast<int8_t>(from[i] - ((from[i] + 64) >> 7) * 128);
-            }
-        }
+LLMCTL_INLINE void store_codes(const int32_t* codes, int8_t* tiles) {
+    for (int64_t half = 0; half < 2; ++half, codes += 64, tiles += tile_bytes) {
+        for (int64_t i = 0; i < 64; ++i) tiles[i] = static_cast<int8_t>(codes[i]);
     }
 }
 
 template <class S, class Element>
 void quantize_row(const void* row, int64_t n_in, const QuantizedRows& to, int64_t r) {
     const Element* x = static_cast<const Element*>(row);
-    const float levels = to.terms == 1 ? 127.0f : 127.0f * 128.0f;
+    constexpr float levels = 127.0f;
     alignas(64) float values[quantized_block];
     alignas(64) int32_t codes[quantized_block];
     for (int64_t block = 0; block < to.n_blocks; ++block) {
@@ -62,7 +54,7 @@ void quantize_row(const void* row, int64_t n_in, const QuantizedRows& to, int64_
         } else {
             std::memset(codes, 0, sizeof codes);
         }
-        store_codes(codes, to.terms, to.tiles(r / row_block, block) + r % row_block * 64);
+        store_codes(codes, to.tiles(r / row_block, block) + r % row_block * 64);
         to.scales_of(r / row_block, block)[r % row_block] = largest == largest && !is_something ? 0.0f : largest / levels;
         int32_t* sums = to.sums_of(r / row_block, block) + r % row_block;
         for (int64_t begin = 0; begin < quantized_block; begin += to.unit, sums += row_block) {

@@ -29,27 +29,19 @@ struct QuantizedLinear {
     int64_t unit_at(int64_t panel, int64_t block) const { return (panel * n_blocks + block) * units() * quantized_panel; }
 };
 
-// Rows of x in whole numbers: x = scale * code, with one scale for each block of a row. Codes are one term of 8 bits, or
-// two: code = 128 * first + second.
+// Rows of x in whole numbers of 8 bits: x = scale * code, with one scale for each block of a row.
 struct QuantizedRows {
-    int8_t* codes;        // [row blocks, blocks, 2 halves of a block, terms, 16 rows, 64]
+    int8_t* codes;        // [row blocks, blocks, 2 halves of a block, 16 rows, 64]
     float* scales;        // [row blocks, blocks, 16]; NaN where the block has NaN or infinity
     int32_t* minus_sums;  // [row blocks, blocks, units, 16]: of the codes of a unit
     int64_t n_blocks, unit;
-    int32_t terms;
 
-    int8_t* tiles(int64_t rows, int64_t block) const {
-        return codes + (rows * n_blocks + block) * 2 * terms * tile_bytes;
-    }
+    int8_t* tiles(int64_t rows, int64_t block) const { return codes + (rows * n_blocks + block) * 2 * tile_bytes; }
     float* scales_of(int64_t rows, int64_t block) const { return scales + (rows * n_blocks + block) * row_block; }
     int32_t* sums_of(int64_t rows, int64_t block) const {
         return minus_sums + (rows * n_blocks + block) * (quantized_block / unit) * row_block;
     }
 };
-
-// 8 bits of activations add far less error than the rounding of 4-bit weights did, but as much as that of 8-bit ones,
-// which hence get twice as many.
-constexpr int32_t terms_for(int32_t weight_bits) { return weight_bits == 8 ? 2 : 1; }
 
 // Row `row` of x [n_in] into its place.
 using QuantizeRowKernel = void (*)(const void* x, int64_t n_in, const QuantizedRows& to, int64_t row);

@@ -21,12 +21,11 @@ int64_t parts(int64_t total, int64_t size) { return (total + size - 1) / size; }
 // Room for n_rows rows in whole numbers, good until this thread asks again.
 QuantizedRows rows_for(const QuantizedLinear& c, int64_t n_rows) {
     const int64_t n = parts(n_rows, row_block) * c.n_blocks * row_block;  // scales
-    const int32_t terms = terms_for(c.bits);
-    const int64_t n_codes = n * quantized_block * terms;
+    const int64_t n_codes = n * quantized_block;
     thread_local Scratch memory;
     char* at = memory.room(n_codes + n * 4 + n * c.units() * 4);
     QuantizedRows rows{reinterpret_cast<int8_t*>(at), reinterpret_cast<float*>(at + n_codes), nullptr, c.n_blocks,
-                       c.unit, terms};
+                       c.unit};
     rows.minus_sums = reinterpret_cast<int32_t*>(rows.scales + n);
     return rows;
 }
@@ -54,7 +53,7 @@ void run_rows(int32_t dtype, const QuantizedLinear& c) {
     const QuantizedLinearKernel kernel =
         dtype == LLMCTL_F32 ? kernels().quantized_linear_f32 : kernels().quantized_linear_bf16;
     const QuantizedRows rows = quantized_rows(dtype, c, static_cast<const char*>(l.x), l.n_rows);
-    const int64_t cached = cached_codes / std::max<int64_t>(1, c.n_blocks * quantized_block * rows.terms);
+    const int64_t cached = cached_codes / std::max<int64_t>(1, c.n_blocks * quantized_block);
     const int64_t piece_rows = std::max(cached / 32 * 32, int64_t{64});
     const int64_t row_pieces = parts(l.n_rows, piece_rows);
     const int64_t worthwhile = work_per_task / std::max<int64_t>(1, l.n_in * l.n_rows);

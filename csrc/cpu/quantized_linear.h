@@ -29,8 +29,7 @@ LLMCTL_INLINE typename I::Vec minus_zeros(const QuantizedLinear& c, int64_t at, 
 
 // Sums of `Rows` rows over a run of 32 weights of I::lanes outputs; codes of a row are 64 bytes behind those before it.
 template <class I, int Bits, int Rows>
-LLMCTL_INLINE void add_run(const uint8_t* weights, const int8_t* x, int64_t terms_stride,
-                           typename I::Vec sums[Rows][2]) {
+LLMCTL_INLINE void add_run(const uint8_t* weights, const int8_t* x, typename I::Vec sums[Rows][2]) {
     constexpr int quads = 8;
 #pragma GCC unroll 8
     for (int q = 0; q < (Bits == 8 ? quads : quads / 2); ++q) {
@@ -40,8 +39,7 @@ LLMCTL_INLINE void add_run(const uint8_t* weights, const int8_t* x, int64_t term
         for (int r = 0; r < Rows; ++r) {
             const int8_t* row = x + r * 64 + q * 4;
             if constexpr (Bits == 8) {
-                sums[r][0] = I::template dot<8>(sums[r][0], codes, row);
-                sums[r][1] = I::template dot<8>(sums[r][1], codes, row + terms_stride);
+                sums[r][q % 2] = I::template dot<8>(sums[r][q % 2], codes, row);
             } else {
                 sums[r][0] = I::template dot<4>(sums[r][0], I::low(codes), row);
                 sums[r][1] = I::template dot<4>(sums[r][1], I::high(codes), row + quads / 2 * 4);
@@ -59,7 +57,7 @@ LLMCTL_INLINE void block_sums(const QuantizedLinear& c, const QuantizedRows& x, 
     const int64_t run_bytes = quantized_run * quantized_panel * Bits / 8;
     const uint8_t* weights = c.codes + panel * c.panel_bytes() + block * 4 * run_bytes + part * 4;
     const int8_t* codes = x.tiles(rows, block) + in_block * 64;
-    const int64_t half = x.terms * tile_bytes, runs = c.unit / quantized_run;
+    const int64_t runs = c.unit / quantized_run;
     const int32_t* minus_sums = x.sums_of(rows, block) + in_block;
     int64_t at = c.unit_at(panel, block) + part;
     for (int r = 0; r < Rows; ++r) total[r] = S::zero();
@@ -71,12 +69,12 @@ LLMCTL_INLINE void block_sums(const QuantizedLinear& c, const QuantizedRows& x, 
             sums[r][1] = minus_zeros<I, Bits>(c, at, minus_sums[r]);
         }
         for (int64_t last = run + runs; run < last; ++run) {
-            add_run<I, Bits, Rows>(weights + run * run_bytes, codes + run / 2 * half + run % 2 * 32, tile_bytes, sums);
+            add_run<I, Bits, Rows>(weights + run * run_bytes, codes + run / 2 * tile_bytes + run % 2 * 32, sums);
         }
         const auto scales = load_scales<I>(c, at);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
-            const auto sum = I::to_float(I::add(Bits == 8 ? I::times_128(sums[r][0]) : sums[r][0], sums[r][1]));
+            const auto sum = I::to_float(I::add(sums[r][0], sums[r][1]));
             total[r] = S::fma(sum, scales, total[r]);
         }
     }

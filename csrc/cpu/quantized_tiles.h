@@ -20,7 +20,7 @@ struct alignas(64) ResultTile {
     Number at[row_block * quantized_panel];
 };
 
-// The products of two tiles of rows (or of the two terms of one) and two panels of weights for one block. A load that the
+// The products of two tiles of rows and two panels of weights for one block. A load that the
 // low 12 bits of its address confuse with a store before it waits for that, so what is stored while others are added up
 // lies in another quarter of 4 KB: quarter 2 * rows + panel.
 template <int Units>
@@ -49,13 +49,11 @@ LLMCTL_INLINE void unpack_block(const QuantizedLinear& c, int64_t panel, int64_t
 
 // Up to 64 rows times up to 4 panels, over all blocks.
 //
-// Strips of a block, each of two tiles times two panels, follow each other. In 4 bits the tiles are of two row blocks, in 8
-// the two terms of one.
+// Strips of a block, each of two tiles of rows times two panels, follow each other.
 template <int Bits, int Unit>
 struct Chunk {
     static constexpr int units = quantized_block / Unit, steps = Unit == 128 ? 2 : 1;
     static constexpr int64_t columns = Unit == 32 ? 32 : 64;
-    static constexpr int row_blocks = Bits == 4 ? 2 : 1;  // of a strip
 
     const QuantizedLinear& c;
     const QuantizedRows& x;
@@ -77,22 +75,25 @@ struct Chunk {
         const TileSums<units>& from;
         ResultTile<float>* to;
         const float* row_scales[2];
-        const int32_t* minus_sums;
-        int64_t units_at;
+        const int32_t* minus_sums[2];
+        int64_t units_at, panel_units;
         __m512 scales[2][units];
 
         LLMCTL_INLINE Results(const Chunk& chunk, const Strip& strip, const TileSums<units>& from)
             : from(from), to(chunk.sums + strip.rows * chunk_panels + strip.panel) {
             const QuantizedLinear& c = chunk.c;
-            const int64_t rows = chunk.row / row_block + strip.rows, second = Bits == 4 && strip.tiles == 2 ? 1 : 0;
+            const int64_t rows = chunk.row / row_block + strip.rows, second = strip.tiles == 2 ? 1 : 0;
             row_scales[0] = chunk.x.scales_of(rows, strip.block);
             row_scales[1] = chunk.x.scales_of(rows + second, strip.block);
-            minus_sums = chunk.x.minus_sums + (rows * c.n_blocks + strip.block) * units * row_block;
+            for (int i = 0; i < 2; ++i) {
+                minus_sums[i] = chunk.x.minus_sums + ((rows + i * second) * c.n_blocks + strip.block) * units * row_block;
+            }
             units_at = ((chunk.panel + strip.panel) * c.n_blocks + strip.block) * units * quantized_panel;
+            panel_units = strip.panels == 2 ? c.n_blocks * units : 0;
 #pragma GCC unroll 8
             for (int i = 0; i < 2 * units; ++i) {
-                const int64_t panels = i / units < strip.panels ? i / units * c.n_blocks * units : 0;
-                scales[i / units][i % units] = load_scales<Avx512Int>(c, units_at + (panels + i % units) * quantized_panel);
+                const int64_t at = units_at + (i / units * panel_units + i % units) * quantized_panel;
+                scales[i / units][i % units] = load_scales<Avx512Int>(c, at);
             }
         }
 
@@ -106,10 +107,9 @@ struct Chunk {
                 for (int unit = 0; unit < units; ++unit) {
                     __m512i sum = _mm512_load_si512(from.sum[unit][of_rows][of_panel].at + r * 16);
                     if constexpr (Bits == 8) {
-                        const __m512i second = _mm512_load_si512(from.sum[unit][1][of_panel].at + r * 16);
-                        const int64_t at = units_at + (of_panel * c.n_blocks * units + unit) * quantized_panel;
-                        sum = _mm512_add_epi32(Avx512Int::times_128(sum), second);
-                        sum = _mm512_add_epi32(sum, minus_zeros<Avx512Int, 8>(c, at, minus_sums[unit * row_block + r]));
+                        const int64_t at = units_at + (of_panel * panel_units + unit) * quantized_panel;
+                        const int32_t minus_sum = minus_sums[of_rows][unit * row_block + r];
+                        sum = _mm512_add_epi32(sum, minus_zeros<Avx512Int, 8>(c, at, minus_sum));
                     }
                     total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scales[of_panel][unit], total);
                 }
@@ -121,7 +121,7 @@ struct Chunk {
         // A strip has at most 4 results of 16 x 16, a quarter of which is added up at a time: so many in each of the 8
         // turns that a unit of the next strip gives.
         LLMCTL_INLINE void add_up_share(const QuantizedLinear& c, int unit, int turn) const {
-            constexpr int quarters = 4 * 2 * row_blocks, turns = 8 * units;
+            constexpr int quarters = 4 * 2 * 2, turns = 8 * units;
             const int at = unit * 8 + turn;
 #pragma GCC unroll 2
             for (int i = at * quarters / turns; i < (at + 1) * quarters / turns; ++i) {
@@ -136,7 +136,7 @@ struct Chunk {
     void step(const Strip& strip, TileSums<units>& to, const Strip& before, const TileSums<units>& from) const {
         const Results results(*this, before, from);
         const int8_t* tiles = x.tiles(row / row_block + strip.rows, strip.block);
-        const int64_t second = Bits == 8 ? tile_bytes : x.tiles(1, 0) - x.tiles(0, 0), half = x.terms * tile_bytes;
+        const int64_t second = x.tiles(1, 0) - x.tiles(0, 0);
         const int8_t* panels = weights + strip.panel * weights_stride + strip.block * quantized_block * quantized_panel;
         const int64_t next_panel = weights_stride;
 #pragma GCC unroll 4
@@ -149,7 +149,7 @@ struct Chunk {
 #pragma GCC unroll 2
             for (int step = 0; step < steps; ++step) {
                 const int64_t k = unit * Unit + step * 64;
-                const int8_t* codes = tiles + k / 64 * half + k % 64;
+                const int8_t* codes = tiles + k / 64 * tile_bytes + k % 64;
                 const bool is_last = step == steps - 1;
                 tile_load<4>(codes, 64);
                 tile_load<6>(panels + k * quantized_panel, 64);
@@ -192,9 +192,9 @@ struct Chunk {
         Strip before{0, 0, 0, 1, 1};
         const int n_row_blocks = static_cast<int>((n_rows + row_block - 1) / row_block);
         for (int64_t block = 0; block < c.n_blocks; ++block) {
-            for (int rows = 0; rows < n_row_blocks; rows += row_blocks) {
+            for (int rows = 0; rows < n_row_blocks; rows += 2) {
                 for (int at = 0; at < n_panels; at += 2, turn ^= 1) {
-                    const int tiles = Bits == 8 || n_row_blocks - rows > 1 ? 2 : 1, panels = n_panels - at > 1 ? 2 : 1;
+                    const int tiles = n_row_blocks - rows > 1 ? 2 : 1, panels = n_panels - at > 1 ? 2 : 1;
                     const Strip strip{block, rows, at, tiles, panels};
                     TileSums<units>&to = buffers[turn], &from = buffers[turn ^ 1];
                     if (tiles == 2 && panels == 2) step<2, 2>(strip, to, before, from);
@@ -260,11 +260,11 @@ void tiles_of_piece(const QuantizedLinear& c, const QuantizedRows& x, const Line
 }
 
 // Up to so many rows take less time without tiles: measured.
-LLMCTL_INLINE int64_t rows_without_tiles(int32_t bits) { return bits == 4 ? 8 : 2; }
+constexpr int64_t rows_without_tiles = 8;
 
 template <class I, class Element>
 void quantized_tiles_piece(const QuantizedLinear& c, const QuantizedRows& x, const LinearPiece& piece) {
-    if (piece.last_row - piece.first_row <= rows_without_tiles(c.bits)) {
+    if (piece.last_row - piece.first_row <= rows_without_tiles) {
         return quantized_linear_piece<I, Element, 8>(c, x, piece);
     }
     if (c.bits == 4) {

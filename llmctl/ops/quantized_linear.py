@@ -146,11 +146,11 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
 
 
 def reference(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The specification: each 128 elements of a row of x in whole numbers (8 bits for weights of 4, 15 for weights of 8)
-    and a scale, then sums without further rounding. A row with NaN or infinity gives NaN."""
+    """The specification: each 128 elements of a row of x in whole numbers of 8 bits and a scale, then sums
+    without further rounding. A row with NaN or infinity gives NaN."""
     blocks = F.pad(x.float(), (0, -weight.n_in % BLOCK)).unflatten(-1, (-1, BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
-    levels = torch.tensor(127.0 if weight.bits == 4 else 127.0 * 128.0)
+    levels = torch.tensor(127.0)
     factor = torch.where(largest > 1e-30, levels / largest, 0.0)
     rounded = ((blocks * factor).round().double() * (largest / levels)).flatten(-2)[..., : weight.n_in]
     rounded = torch.where(x.isfinite().all(-1, keepdim=True), rounded, torch.nan)

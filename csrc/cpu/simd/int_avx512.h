@@ -18,7 +18,6 @@ struct Avx512Int {
     }
     static LLMCTL_INLINE Vec add(Vec a, Vec b) { return _mm512_add_epi32(a, b); }
     static LLMCTL_INLINE Vec mul(Vec a, Vec b) { return _mm512_mullo_epi32(a, b); }
-    static LLMCTL_INLINE Vec times_128(Vec a) { return _mm512_slli_epi32(a, 7); }
     static LLMCTL_INLINE Simd::Vec to_float(Vec a) { return _mm512_cvtepi32_ps(a); }
     static LLMCTL_INLINE Simd::Vec load_halves(const uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

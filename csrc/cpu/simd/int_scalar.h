@@ -24,9 +24,6 @@ struct ScalarInt {
     static LLMCTL_INLINE Vec mul(Vec a, Vec b) {
         return each([&](int i) { return a.lane[i] * b.lane[i]; });
     }
-    static LLMCTL_INLINE Vec times_128(Vec a) {
-        return each([&](int i) { return a.lane[i] * 128; });
-    }
     static LLMCTL_INLINE Simd::Vec to_float(Vec a) {
         Simd::Vec x;
         for (int i = 0; i < lanes; ++i) x.lane[i] = static_cast<float>(a.lane[i]);
