@@ -21,6 +21,11 @@ SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=44, num_hidden_laye
 DECODER = dict(**SHAPE, num_key_value_heads=2, max_position_embeddings=CONTEXT, pad_token_id=PAD)
 ENCODER = dict(**SHAPE, max_position_embeddings=CONTEXT + PAD + 1, pad_token_id=PAD)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=20)
+BART_SIDE = dict(layers=2, ffn_dim=44, attention_heads=4)
+ENDS = dict(eos_token_id=2, pad_token_id=PAD, decoder_start_token_id=1)
+T5 = dict(vocab_size=V, d_model=32, d_kv=8, d_ff=44, num_layers=2, num_heads=4, **ENDS)
+SIDES = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in BART_SIDE.items()}
+BART = dict(vocab_size=V, d_model=32, max_position_embeddings=CONTEXT, **SIDES, **ENDS)
 CONFIGS = {
     "llama": transformers.LlamaConfig(**DECODER),
     "llama-tied": transformers.LlamaConfig(**DECODER, tie_word_embeddings=True),
@@ -45,13 +50,16 @@ CONFIGS = {
     "esm": transformers.EsmConfig(**ENCODER, position_embedding_type="rotary", token_dropout=True, mask_token_id=96),
     "esm1b": transformers.EsmConfig(**ENCODER, emb_layer_norm_before=True),
     "longformer": transformers.LongformerConfig(**ENCODER, attention_window=8),
+    "t5": transformers.T5Config(**T5),
+    "t5-gated": transformers.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart": transformers.BartConfig(**BART),
+    "mbart": transformers.MBartConfig(**BART),
 }
 AUTO = transformers.AutoModelForSequenceClassification
-T5 = dict(vocab_size=V, d_model=32, d_kv=8, d_ff=44, num_layers=2, num_heads=4)
 NAMES = {0: "bad", 1: "so so", 2: "good"}
 
 
-FIRST = ("llama", "gpt2", "bert", "esm")
+FIRST = ("llama", "gpt2", "bert", "esm", "t5", "bart")
 
 
 @pytest.fixture(params=[name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS])
@@ -62,10 +70,11 @@ def theirs(request, tmp_path):
 
 
 def inputs() -> dict[str, torch.Tensor]:
-    """The second of two texts is shorter."""
+    """The second of two texts is shorter; both end with the EOS token, at which encoder-decoders are read there."""
     ids = checks.token_ids(V, 2, 24).clamp(min=PAD + 1)
     mask = torch.ones_like(ids)
     ids[1, 15:], mask[1, 15:] = PAD, 0
+    ids[0, 23] = ids[1, 14] = ENDS["eos_token_id"]
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -112,8 +121,8 @@ def test_padding_and_packing_change_nothing(theirs):
 
 def test_a_language_model_gets_a_head(theirs, tmp_path):
     """The backbone is the language model's, the rest fresh, and transformers reads the same of what is saved."""
-    lm = transformers.AutoModelForMaskedLM if read_config(theirs.directory).kind == "masked" else None
-    base = checks.reference(theirs.model.config, tmp_path / "lm", lm or transformers.AutoModelForCausalLM)
+    lm = {"masked": "MaskedLM", "causal": "CausalLM", "seq2seq": "Seq2SeqLM"}[read_config(theirs.directory).kind]
+    base = checks.reference(theirs.model.config, tmp_path / "lm", getattr(transformers, f"AutoModelFor{lm}"))
     config = read_config(base.directory)
     labels = {"labels": ("no", "yes"), "problem": "multi_label_classification", "pad_id": PAD}
     model = load_model(base.directory, classifier=Classifier(**{**vars(usual_classifier(config)), **labels}), seed=1)
@@ -142,10 +151,10 @@ def test_it_predicts_no_tokens(tmp_path):
     assert "llmctl classify" in caught.value.hint
 
 
-def test_encoder_decoders_are_refused(tmp_path):
-    config = transformers.T5Config(**T5).to_dict()
+def test_a_decoder_needs_a_beginning(tmp_path):
+    config = transformers.T5Config(**{**T5, "decoder_start_token_id": None, "pad_token_id": None}).to_dict()
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["T5ForSequenceClassification"]}))
-    with pytest.raises(UserError, match="decoders and encoders"):
+    with pytest.raises(UserError, match="with which token its decoder begins"):
         read_config(tmp_path)
 
 

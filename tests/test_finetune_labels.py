@@ -16,6 +16,8 @@ peft = pytest.importorskip("peft")
 from llmctl.errors import UserError  # noqa: E402
 from llmctl.finetune import adapter, methods  # noqa: E402
 from llmctl.finetune.assembly import Assembly  # noqa: E402
+from llmctl.finetune.merge import merge  # noqa: E402
+from llmctl.finetune.merge_settings import MergeSettings  # noqa: E402
 from llmctl.finetune.settings import FinetuneSettings  # noqa: E402
 from llmctl.finetune.task import finetuning  # noqa: E402
 from llmctl.models.loading import load_model  # noqa: E402
@@ -25,6 +27,13 @@ AUTO = transformers.AutoModelForSequenceClassification
 WORDS = {"bad": ("awful", "poor", "dire"), "good": ("great", "fine", "nice"), "so so": ("meh", "fair", "okay")}
 SHORT = dict(steps=30, batch_size=8, learning_rate=5e-3, precision="fp32", seq_len=48, warmup_steps=2)
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+
+
+EOS = 256
+ENDS = dict(eos_token_id=EOS, pad_token_id=0, decoder_start_token_id=EOS)
+SIDE = dict(layers=2, ffn_dim=48, attention_heads=4)
+BART = dict(d_model=32, **{f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in SIDE.items()})
+T5 = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
 
 
 def write(path, rows):
@@ -59,6 +68,12 @@ def bases(tmp_path_factory):
         "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_key_value_heads=2)),
         "bert": transformers.BertForMaskedLM(transformers.BertConfig(**shape)),
         "roberta": transformers.RobertaForMaskedLM(transformers.RobertaConfig(**shape)),
+        "bart": transformers.BartForConditionalGeneration(
+            transformers.BartConfig(vocab_size=tokenizer.vocab_size, **BART, **ENDS)
+        ),
+        "t5": transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=tokenizer.vocab_size, **T5, **ENDS)
+        ),
     }
     for name, model in models.items():
         with torch.no_grad():
@@ -81,8 +96,8 @@ def finetune(base, file, output, **settings):
 TEXTS = ["great nice 3", "awful", "meh okay fair meh"]
 
 
-def encoded(tokenizer, pad_id):
-    ids = [tokenizer.encode(text) for text in TEXTS]
+def encoded(tokenizer, pad_id, end=()):
+    ids = [[*tokenizer.encode(text), *end] for text in TEXTS]
     longest = max(map(len, ids))
     padded = torch.tensor([[*each, *[pad_id] * (longest - len(each))] for each in ids])
     return padded, torch.tensor([[1] * len(each) + [0] * (longest - len(each)) for each in ids])
@@ -90,7 +105,8 @@ def encoded(tokenizer, pad_id):
 
 def compare(ours, theirs, tokenizer):
     """Our logits of TEXTS, which transformers' model gives too."""
-    ids, mask = encoded(tokenizer, ours.config.classifier.pad_id)
+    end = [EOS] if ours.config.kind == "seq2seq" else []
+    ids, mask = encoded(tokenizer, ours.config.classifier.pad_id, end)
     with torch.no_grad():
         mine, other = ours.eval()(ids, mask), theirs.eval()(input_ids=ids, attention_mask=mask).logits
     assert (mine - other).abs().max() < 1e-4 * max(1.0, other.abs().max().item())
@@ -153,6 +169,23 @@ def test_every_method_trains_the_head_too(bases, rows, tmp_path, base, method):
         pad_id = ours.config.classifier.pad_id
         theirs = AUTO.from_pretrained(bases / base, num_labels=3, pad_token_id=pad_id)
         compare(ours, peft.PeftModel.from_pretrained(theirs, tmp_path / "out"), tokenizer)
+
+
+@pytest.mark.parametrize("base,method", [("t5", "full"), ("t5", "lora"), ("bart", "lora")])
+def test_encoder_decoders_are_read_at_their_end(bases, rows, tmp_path, caplog, base, method):
+    """As transformers has them, under peft, and merged."""
+    finetune(bases / base, rows["single"], tmp_path / "out", method=method, steps=5)
+    assert "reads a classifier of this family at EOS" in caplog.text
+    tokenizer, last = Tokenizer.load(tmp_path / "out"), tmp_path / "out"
+    if method == "lora":
+        theirs = peft.PeftModel.from_pretrained(AUTO.from_pretrained(bases / base, num_labels=3), last)
+        values = compare(Assembly.find(last).load(), theirs, tokenizer)
+        last = merge(bases / base, [last], tmp_path / "merged", MergeSettings()).path
+        compare(load_model(last), theirs, tokenizer)
+        assert values.abs().max() > 1e-3
+    theirs, info = AUTO.from_pretrained(last, output_loading_info=True)
+    assert not info["missing_keys"] and info["unexpected_keys"] <= {"final_logits_bias"}
+    compare(load_model(last), theirs, tokenizer)
 
 
 @pytest.mark.parametrize("base,targets", [("llama", ["q_proj"]), ("bert", ["query"]), ("roberta", ["query", "dense"])])

@@ -183,7 +183,8 @@ def _head_rows(model: nn.Module) -> list[tuple[str, list[str], str]]:
 def _head_modules(rows) -> list[str]:
     """Their modules, none inside another: PEFT's SEQ_CLS saves `score` and `classifier` whole."""
     modules = {row[0].rpartition(".")[0] for row in rows}
-    return sorted({"classifier" if name.startswith("classifier.") else name for name in modules})
+    whole = ("classifier", "classification_head")
+    return sorted({next((head for head in whole if name.startswith(f"{head}.")), name) for name in modules})
 
 
 def _beside_head(model: nn.Module, modules: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -11,13 +12,14 @@ from llmctl import checkpoint
 from llmctl.errors import UserError
 from llmctl.finetune import adapter, methods
 from llmctl.finetune.lora import pattern_value
-from llmctl.models import families
+from llmctl.models import families, weights
 
 
 class AdapterChanges:
     """The changes of one PEFT directory, by the base's tensor names, in float32, one tensor at a time."""
 
-    def __init__(self, directory: str | Path, family: str):
+    def __init__(self, directory: str | Path, family: str, base_names: Iterable[str]):
+        """`base_names` are the base's tensors, which may lack the wrapper that the adapter's names have."""
         self.path = Path(directory)
         self.method = methods.from_peft(adapter.read_config(directory))
         if not isinstance(self.method, (methods.Lora, methods.Ia3)):
@@ -27,11 +29,12 @@ class AdapterChanges:
                 hint="use it with --adapter",
             )
         stored = checkpoint.open_tensors(directory, stem=adapter.STEM)
-        self._tensors = {name.removeprefix(adapter.PREFIX): stored.get(name) for name in stored.keys()}
+        spelled = _as_in_base(family, base_names)
+        self._tensors = {spelled(name.removeprefix(adapter.PREFIX)): stored.get(name) for name in stored.keys()}
         self._transposed = _transposed_names(family)
         self.whole = {name for name in self._tensors if not adapter.is_adapters(name) and ".base_layer." not in name}
         names = (name for name in self._tensors if adapter.is_adapters(name))
-        self.modules = {name.partition(".lora_")[0].removesuffix(".ia3_l") for name in names}
+        self.modules = {_parted(name)[0] for name in names}
 
     def touches(self, name: str) -> bool:
         return name in self.whole or name.rpartition(".")[0] in self.modules
@@ -112,6 +115,25 @@ class AdapterChanges:
                 hint="the adapter was trained on another base",
             )
         return change
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """The module of a tensor of the adapter's own, and the rest of its name."""
+    found = re.search(r"\.(lora_|ia3_l)", name)
+    return (name[: found.start()], name[found.start() :]) if found else (name, "")
+
+
+def _as_in_base(family: str, base_names: Iterable[str]) -> Callable[[str], str]:
+    """From a name in the adapter's file to one with the base's own name of the tensor or module, where it has that."""
+    bare = weights.unwrapping(families.find(family))
+    known = {bare(name): name for name in base_names}
+    known |= {short.rpartition(".")[0]: name.rpartition(".")[0] for short, name in known.items()}
+
+    def spelled(name: str) -> str:
+        front, rest = _parted(name)
+        return known.get(bare(front), front) + rest
+
+    return spelled
 
 
 def _transposed_names(family: str) -> set[str]:

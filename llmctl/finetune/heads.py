@@ -54,6 +54,10 @@ def classifier_for(examples: ExampleSet, config: ModelConfig, pooling: str | Non
             "transformers reads a classifier of this family at the %s token: what it makes of the result is something else",
             usual.at,
         )
+    if config.kind == "seq2seq" and examples.tokenizer.eos_id not in examples.tokenizer.text_edges[1]:
+        log.warning(
+            "transformers reads a classifier of this family at EOS, which the tokenizer does not put behind texts"
+        )
     return replace(usual, labels=labels, problem=problem, pad_id=pad_id, at=pooling or usual.at)
 
 
@@ -87,9 +91,12 @@ def _problem(examples: ExampleSet) -> str:
 
 
 def _pad_id(tokenizer: Tokenizer, config: ModelConfig) -> int | None:
-    """The config's or the tokenizer's, else a token that no text ends with: texts are read at their last other token."""
+    """The config's or the tokenizer's, else a token that no text ends with: texts are read at their last other token.
+
+    Encoder-decoders are read at EOS, which must not count as padding.
+    """
     found = config.hf.get("pad_token_id")
-    if found is not None and 0 <= found < config.vocab_size:
-        return found
-    candidates = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id)
-    return next((token for token in candidates if token is not None), None)
+    candidates = [found if found is not None and 0 <= found < config.vocab_size else None, tokenizer.pad_id]
+    candidates += [tokenizer.unk_id, tokenizer.eos_id]
+    last = config.hf.get("eos_token_id", tokenizer.eos_id) if config.kind == "seq2seq" else None
+    return next((token for token in candidates if token is not None and token != last), None)

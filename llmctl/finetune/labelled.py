@@ -114,7 +114,7 @@ class Regression(_Labelled):
         if self.model.classifier.out.bias is not None:
             return
         is_real_BT = _is_real(inputs_BT, lengths_B)
-        hidden_ND = self.model.hidden(inputs_BT, is_real_BT)[is_real_BT]
+        hidden_ND = self.model.read(inputs_BT, is_real_BT)[is_real_BT]
         hidden_ND = hidden_ND[:: -(-len(hidden_ND) // _FITTED_TOKENS)].double().cpu()
         products_NN = hidden_ND @ hidden_ND.mT
         ridge = _RIDGE * products_NN.diagonal().mean() * torch.eye(len(hidden_ND))

@@ -74,7 +74,7 @@ def merge(base: str | Path, adapters: Sequence[str | Path], output: str | Path, 
 
 
 def _change(path: str | Path, family: str, stored: checkpoint.TensorFiles, settings: MergeSettings) -> AdapterChanges:
-    change = AdapterChanges(path, family)
+    change = AdapterChanges(path, family, stored.keys())
     refuse_strangers(change, set(stored.keys()))
     if settings.unmerge and not change.can_be_undone:
         raise UserError(f"{change.path}: what it replaced cannot be restored from the result (DoRA, modules to save)")

@@ -39,10 +39,9 @@ class Assembled:
     @torch.no_grad()
     def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
         """As those of a StreamedModel."""
-        if self.config.encoder is not None:
-            return self.model(ids_BT, input_ids_BT=ids_BT)
-        logits = self.model(ids_BT)
-        return logits if self.config.classifier is None else logits[:, None]
+        if self.config.classifier is not None:
+            return self.model(ids_BT)[:, None]
+        return self.model(ids_BT) if self.config.encoder is None else self.model(ids_BT, input_ids_BT=ids_BT)
 
 
 def compare(base: Path, before: StreamedModel | Assembled, after: StreamedModel) -> agreement.Agreement:

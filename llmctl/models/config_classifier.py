@@ -16,8 +16,9 @@ class Classifier:
     """From the hidden state of a text's first or last token, or the mean over all of them, to one number for each label:
     x -> tanh(dense(x)) -> out.
 
-    The last token is the last that is not `pad_id`, as in transformers; its key for the mean is ModernBERT's. `problem` None: regression for one label, else
-    one of the labels.
+    The last token is the last that is not `pad_id`, as in transformers; its key for the mean is ModernBERT's. `problem`
+    None: regression for one label, else one of the labels. `wraps`: an encoder-decoder's decoder begins with the text's
+    last token, not with the one that it always begins with.
     """
 
     labels: tuple[str, ...] = ()
@@ -26,6 +27,7 @@ class Classifier:
     dense: bool = False
     bias: bool = False
     pad_id: int | None = None
+    wraps: bool = False
 
     def parameters(self, d_model: int) -> int:
         return len(self.labels) * (d_model + self.bias) + (d_model + 1) * d_model * self.dense
@@ -56,12 +58,15 @@ def from_hf(hf: Mapping[str, Any], usual: Classifier) -> Classifier:
     count = len(names) or hf.get("num_labels", 2)
     labels = tuple(str(names.get(i, f"LABEL_{i}")) for i in range(count))
     at = "mean" if hf.get("classifier_pooling") == "mean" else usual.at
-    return replace(usual, labels=labels, problem=hf.get("problem_type"), pad_id=hf.get("pad_token_id"), at=at)
+    pad_id = hf.get("pad_token_id")
+    if hf.get("is_encoder_decoder") and pad_id == hf.get("eos_token_id"):  # at EOS these are read
+        pad_id = None
+    return replace(usual, labels=labels, problem=hf.get("problem_type"), pad_id=pad_id, at=at)
 
 
 def to_hf(classifier: Classifier, architectures: Sequence[str]) -> dict[str, Any]:
     """The keys of config.json; `architectures` are those of the language model."""
-    lm = re.compile(r"(ForCausalLM|LMHeadModel|ForMaskedLM|Model)$")
+    lm = re.compile(r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForConditionalGeneration|Model)$")
     return {"architectures": [lm.sub("", name) + ARCHITECTURE for name in architectures], **labels_to_hf(classifier)}
 
 

@@ -20,7 +20,7 @@ from llmctl.models.linear import Linear
 from llmctl.models.masked_lm import MaskedLM
 from llmctl.models.quantized_linear import QuantizedLinear
 from llmctl.models.seq2seq_lm import Seq2SeqLM
-from llmctl.models.sequence_classifier import CausalClassifier, MaskedClassifier
+from llmctl.models.sequence_classifier import CausalClassifier, MaskedClassifier, Seq2SeqClassifier
 from llmctl.quantize.stored import open_weights
 
 SUPERSEDED = ("rope_parameters",)
@@ -48,10 +48,15 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def usual_classifier(config: ModelConfig) -> Classifier:
-    """The form that the family's classifiers have, without labels. Raises UserError where llmctl has none for it."""
-    if config.kind == "seq2seq":
-        raise UserError(f"{config.family} turns one text into another; llmctl classifies with decoders and encoders")
-    return getattr(families.find(config.family), "CLASSIFIER", Classifier())
+    """The form that the family's classifiers have, without labels. Raises UserError for a decoder without a beginning."""
+    found = getattr(families.find(config.family), "CLASSIFIER", Classifier())
+    found = found[config.family] if isinstance(found, Mapping) else found
+    if config.kind == "seq2seq" and config.decoder_start_id is None and not found.wraps:
+        raise UserError(
+            "the checkpoint does not say with which token its decoder begins",
+            hint='give "decoder_start_token_id" in its config.json',
+        )
+    return found
 
 
 def stored_config(path: str | Path) -> ModelConfig:
@@ -74,7 +79,8 @@ def stored_config(path: str | Path) -> ModelConfig:
 def new_empty(config: ModelConfig) -> LanguageModel:
     """A model without weights, of the class that its config's kind asks for; build it under the meta device."""
     if config.classifier is not None:
-        return {"causal": CausalClassifier, "masked": MaskedClassifier}[config.kind](config)
+        kinds = {"causal": CausalClassifier, "masked": MaskedClassifier, "seq2seq": Seq2SeqClassifier}
+        return kinds[config.kind](config)
     return {"causal": CausalLM, "masked": MaskedLM, "seq2seq": Seq2SeqLM}[config.kind](config)
 
 

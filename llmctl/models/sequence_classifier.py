@@ -10,6 +10,7 @@ from llmctl.models import config
 from llmctl.models.causal_lm import CausalLM
 from llmctl.models.linear import Linear
 from llmctl.models.masked_lm import MaskedLM
+from llmctl.models.seq2seq_lm import Seq2SeqLM
 
 
 class ClassifierHead(nn.Module):
@@ -85,31 +86,23 @@ class SequenceClassifier:
         how = {"types_BT": types_BT, "documents_BT": documents_BT}
         if self.config.classifier.at == "mean":
             _, text_BT, is_real_BT = _texts(input_ids_BT, attention_mask_BT, documents_BT)
-            return _means(self.hidden(input_ids_BT, attention_mask_BT, **how), text_BT, is_real_BT)
-        read_BT, rows_N, columns_N = self._places(input_ids_BT, attention_mask_BT, documents_BT)
-        hidden_BTD = self.hidden(input_ids_BT, attention_mask_BT, **how, **self._all_seeing(read_BT))
-        return hidden_BTD[rows_N, columns_N]
+            return _means(self.read(input_ids_BT, attention_mask_BT, **how), text_BT, is_real_BT)
+        is_last, pad_id = self.config.classifier.at == "last", self.config.classifier.pad_id
+        rows_N, columns_N = _ends(input_ids_BT, attention_mask_BT, documents_BT, is_last, pad_id)
+        if self._is_local:
+            how["global_BT"] = _marked(input_ids_BT, rows_N, columns_N)
+        return self.read(input_ids_BT, attention_mask_BT, **how)[rows_N, columns_N]
 
-    def _places(self, input_ids_BT, attention_mask_BT, documents_BT) -> tuple[torch.Tensor, ...]:
-        """Where each text is read: as bool [B, T], and as row and column of text n."""
-        starts_BT, text_BT, is_real_BT = _texts(input_ids_BT, attention_mask_BT, documents_BT)
-        is_last, width = self.config.classifier.at == "last", input_ids_BT.shape[1]
-        if is_last and self.config.classifier.pad_id is not None:
-            is_real_BT = is_real_BT & (input_ids_BT != self.config.classifier.pad_id)
-        columns_BT = torch.arange(width, device=input_ids_BT.device).expand_as(input_ids_BT)
-        rows_N, firsts_N = starts_BT.nonzero().unbind(1)
-        # a text of padding alone is read where it begins
-        columns_N = firsts_N.scatter_reduce(
-            0, text_BT[is_real_BT], columns_BT[is_real_BT], "amax" if is_last else "amin", include_self=is_last
-        )
-        read_BT = torch.zeros_like(starts_BT)
-        read_BT[rows_N, columns_N] = True
-        return read_BT, rows_N, columns_N
+    def read(
+        self, input_ids_BT: torch.Tensor, attention_mask_BT: torch.Tensor | None = None, **how: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the model makes of every token, [B, T, D]; `how` are further arguments of `hidden`."""
+        return self.hidden(input_ids_BT, attention_mask_BT, **how)
 
-    def _all_seeing(self, read_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    @property
+    def _is_local(self) -> bool:
         """Where attention is local, the token that is read sees all and is seen by all (Longformer's usage)."""
-        is_local = any(isinstance(block.mixer, config.LocalAttention) for block in self.config.blocks)
-        return {"global_BT": read_BT} if is_local else {}
+        return any(isinstance(block.mixer, config.LocalAttention) for block in self.config.blocks)
 
 
 def _texts(input_ids_BT, attention_mask_BT, documents_BT) -> tuple[torch.Tensor, ...]:
@@ -121,6 +114,28 @@ def _texts(input_ids_BT, attention_mask_BT, documents_BT) -> tuple[torch.Tensor,
     text_BT = starts_BT.flatten().cumsum(0).view_as(input_ids_BT) - 1
     is_real_BT = torch.ones_like(starts_BT) if attention_mask_BT is None else attention_mask_BT != 0
     return starts_BT, text_BT, is_real_BT
+
+
+def _ends(
+    input_ids_BT, attention_mask_BT, documents_BT, is_last: bool, pad_id: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column, [N] each, of the first token of every text, or of the last that is not `pad_id`."""
+    starts_BT, text_BT, is_real_BT = _texts(input_ids_BT, attention_mask_BT, documents_BT)
+    if is_last and pad_id is not None:
+        is_real_BT = is_real_BT & (input_ids_BT != pad_id)
+    columns_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
+    rows_N, firsts_N = starts_BT.nonzero().unbind(1)
+    # of a text of padding alone it is where that begins
+    columns_N = firsts_N.scatter_reduce(
+        0, text_BT[is_real_BT], columns_BT[is_real_BT], "amax" if is_last else "amin", include_self=is_last
+    )
+    return rows_N, columns_N
+
+
+def _marked(input_ids_BT: torch.Tensor, rows_N: torch.Tensor, columns_N: torch.Tensor) -> torch.Tensor:
+    marked_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
+    marked_BT[rows_N, columns_N] = True
+    return marked_BT
 
 
 def _means(hidden_BTD: torch.Tensor, text_BT: torch.Tensor, is_real_BT: torch.Tensor) -> torch.Tensor:
@@ -138,3 +153,28 @@ class CausalClassifier(SequenceClassifier, CausalLM):
 
 class MaskedClassifier(SequenceClassifier, MaskedLM):
     """An encoder that classifies a text."""
+
+
+class Seq2SeqClassifier(SequenceClassifier, Seq2SeqLM):
+    """An encoder-decoder that reads a text, is made to write it again, and classifies it by what it makes of the end
+    (arXiv:1910.13461, 3.1)."""
+
+    def read(
+        self,
+        input_ids_BT: torch.Tensor,
+        attention_mask_BT: torch.Tensor | None = None,
+        *,
+        types_BT: torch.Tensor | None = None,
+        documents_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        memory = self.encode(input_ids_BT, attention_mask_BT, documents_BS=documents_BT)
+        texts = (input_ids_BT, attention_mask_BT, documents_BT)
+        rows_N, firsts_N = _ends(*texts, is_last=False, pad_id=None)
+        written_BT = input_ids_BT.roll(1, 1)
+        if self.config.classifier.wraps:
+            written_BT[rows_N, firsts_N] = input_ids_BT[
+                _ends(*texts, is_last=True, pad_id=self.config.classifier.pad_id)
+            ]
+        else:
+            written_BT[rows_N, firsts_N] = self.config.decoder_start_id
+        return self.hidden(written_BT, attention_mask_BT, documents_BT=documents_BT, memory=memory)

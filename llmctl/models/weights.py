@@ -57,7 +57,7 @@ def lacks_head(family, config: ModelConfig, available: Iterable[str]) -> bool:
     head = config.head
     if not config.predicts_tokens or (config.tie_embeddings and not head.transform and head.bias is not True):
         return False
-    bare = _unwrapping(family)
+    bare = unwrapping(family)
     names = {bare(name) for name in available}
     return not any(bare(entry.theirs) in names for entry in family.WEIGHTS if entry.ours[0].startswith(_HEAD))
 
@@ -75,7 +75,7 @@ def load_tensors(
     the family's IGNORABLE (buffers of old checkpoints), or a second copy of a tied head, may be left over; those of ours
     in `optional` may lack. Raises UserError naming what is missing, left over or of another shape.
     """
-    bare = _unwrapping(family)
+    bare = unwrapping(family)
     names = {bare(name): name for name in available}
     wanted = list(matches(family.WEIGHTS, shapes))
     wanted = [entry for entry in wanted if bare(entry[0]) in names or entry[1][0] not in optional]
@@ -106,8 +106,8 @@ def _other_heads(family, shapes: Container[str]) -> list[str]:
 
 def _applies(entry: Row, numbers: Sequence[str], shapes: Container[str]) -> bool:
     """Whether what must stand beside the row's parameters does, and what must not does not."""
-    has_companion = entry.beside is None or _numbered(entry.beside, numbers) in shapes
-    return has_companion and (entry.without is None or _numbered(entry.without, numbers) not in shapes)
+    has_companions = all(_numbered(name, numbers) in shapes for name in entry.beside)
+    return has_companions and not any(_numbered(name, numbers) in shapes for name in entry.without)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Source:
 
 def sources(family, shapes: Mapping[str, torch.Size], available: Iterable[str]) -> dict[str, Source]:
     """The source of every parameter in `shapes` that the file has, for those who read weights one at a time."""
-    bare = _unwrapping(family)
+    bare = unwrapping(family)
     names = {bare(name): name for name in available}
     found = {}
     for theirs, ours, change in matches(family.WEIGHTS, shapes):
@@ -140,7 +140,7 @@ def _numbered(name: str, numbers: Sequence[str]) -> str:
     return name.format(*numbers)
 
 
-def _unwrapping(family) -> Callable[[str], str]:
+def unwrapping(family) -> Callable[[str], str]:
     """From a name in a file to that of the tensor: in the spelling of the table, and without the wrapper in which base
     models are not saved (`transformer.h.0…` and `h.0…` are one tensor).
 

@@ -3,8 +3,18 @@ norms in front, and one at the end."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmctl.models.config import Attention, Block, Head, LearnedPositions, Mlp, ModelConfig, Norm
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row, usual_heads
+from llmctl.models.families.common import (
+    ACTIVATIONS,
+    DECODERS_END,
+    DECODERS_END_WEIGHTS,
+    HF_ACTIVATIONS,
+    Row,
+    row,
+    usual_heads,
+)
 
 MODEL_TYPES = ("bart", "mbart")
 _CLASSES = {"bart": "BartForConditionalGeneration", "mbart": "MBartForConditionalGeneration"}
@@ -115,5 +125,7 @@ WEIGHTS = (
     *_attention("model.decoder.layers.{}.encoder_attn", "layers.{}.cross", "layers.{}.cross"),
     row("lm_head.weight", "lm_head.weight"),
     row("final_logits_bias", "logits_bias", change="as_row"),
+    *DECODERS_END_WEIGHTS,
 )
+CLASSIFIER = {"bart": DECODERS_END, "mbart": replace(DECODERS_END, wraps=True)}
 IGNORABLE = (r"(encoder|decoder)\.embed_tokens\.weight$", r"^(model\.)?(encoder|decoder)\.version$")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmctl.models.config import Activation, Block
+from llmctl.models.config import Activation, Block, Classifier
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -30,20 +30,27 @@ class Row:
     Each `{}` stands for a number (of a layer, of an expert), the same and in the same order in all names. `change` names
     what models.weights does to the tensor, both ways: "rename" nothing, "split_rows" cuts a matrix [sum of out, in] into our
     Linears, "split_columns" a transposed one [in, sum of out] (or its bias), and "as_row" makes a vector a matrix of one row.
-    With `beside` or `without` the row is for models that have, or lack, that parameter of ours.
+    The row is for models that have all parameters of ours named `beside`, and none of those `without`.
     """
 
     theirs: str
     ours: tuple[str, ...]
     change: str = "rename"
-    beside: str | None = None
-    without: str | None = None
+    beside: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
 
 
 def row(theirs: str, *ours: str, change: str = "rename", beside: str | None = None, without: str | None = None) -> Row:
-    return Row(theirs, ours, change, beside, without)
+    return Row(theirs, ours, change, *(() if name is None else (name,) for name in (beside, without)))
 
 
+DECODERS_END = Classifier(at="last", dense=True, bias=True)
+"""An encoder-decoder's classifier, with these weights."""
+DECODERS_END_WEIGHTS = tuple(
+    row(f"classification_head.{theirs}.{kind}", f"classifier.{ours}.{kind}")
+    for theirs, ours in (("dense", "dense"), ("out_proj", "out"))
+    for kind in ("weight", "bias")
+)
 SCORE = row("score.weight", "classifier.out.weight")
 """Of a classifier that is one matrix."""
 

@@ -3,8 +3,19 @@ positions as a bias on the scores, which are not scaled."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from llmctl.models.config import Attention, Block, GatedMlp, Head, Mlp, ModelConfig, Norm, RelativeBias
-from llmctl.models.families.common import ACTIVATIONS, HF_ACTIVATIONS, Row, row, usual_heads
+from llmctl.models.families.common import (
+    ACTIVATIONS,
+    DECODERS_END,
+    DECODERS_END_WEIGHTS,
+    HF_ACTIVATIONS,
+    Row,
+    row,
+    usual_heads,
+)
 
 MODEL_TYPES = ("t5",)
 _TANH_GELU = "gated-gelu"  # by that name T5 means the approximation
@@ -107,12 +118,22 @@ def _stack(name: str, prefix: str, ffn: str) -> tuple[Row, ...]:
     )
 
 
-WEIGHTS = (
+def _under_heads(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """The rows of a language model, and those of a classifier, which has a wrapper in front of all but its head."""
+    head, rows = DECODERS_END_WEIGHTS[-1].ours[0], tuple(rows)
+    plain = (replace(each, without=(*each.without, head)) for each in rows)
+    wrapped = (replace(each, theirs=f"transformer.{each.theirs}", beside=(*each.beside, head)) for each in rows)
+    return (*plain, *wrapped)
+
+
+_MODEL = (
     row("shared.weight", "embed_tokens.weight"),
     *_stack("encoder", "encoder.", ffn="1"),
     *_stack("decoder", "", ffn="2"),
     *_attention("decoder.block.{}.layer.1.EncDecAttention", "layers.{}.cross"),
     row("decoder.block.{}.layer.1.layer_norm.weight", "layers.{}.cross_norm.weight"),
-    row("lm_head.weight", "lm_head.weight"),
 )
-IGNORABLE = (r"^(encoder|decoder)\.embed_tokens\.weight$", r"EncDecAttention\.relative_attention_bias")
+WEIGHTS = (*_under_heads(_MODEL), row("lm_head.weight", "lm_head.weight"), *DECODERS_END_WEIGHTS)
+CLASSIFIER = DECODERS_END
+SPELLINGS = ((r"^transformer\.", ""),)
+IGNORABLE = (r"^(transformer\.)?(encoder|decoder)\.embed_tokens\.weight$", r"EncDecAttention\.relative_attention_bias")
