@@ -49,6 +49,7 @@ TEXTS = ["the cat's hats, 1234 dogs\n\n  do nothing;", "HTTPServer don't she'll 
 WIDE = SHAPE | {"hidden_size": 64, "intermediate_size": 96}
 LONG = 256  # llama.cpp takes the factors for long texts wherever it is opened for more, and opens no file for less
 NO_CAPS = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+STATES = {"hidden_size": 64, "num_hidden_layers": 3, "state_size": 16, "bos_token_id": 0, "eos_token_id": 0}
 FAMILIES = {
     "llama": transformers.LlamaConfig(**WIDE),
     "llama-bias-llama3": transformers.LlamaConfig(**WIDE, attention_bias=True, mlp_bias=True, **LLAMA3),
@@ -70,6 +71,9 @@ FAMILIES = {
     "olmo2": transformers.Olmo2Config(**WIDE),
     "smollm3": transformers.SmolLM3Config(**WIDE | {"num_hidden_layers": 5}),
     "gpt2": transformers.GPT2Config(n_positions=40, n_embd=64, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0),
+    "mamba": transformers.MambaConfig(**STATES, time_step_rank=32),
+    "mamba-untied": transformers.MambaConfig(**STATES, tie_word_embeddings=False, time_step_rank=7),
+    "mamba2": transformers.Mamba2Config(**STATES, num_heads=8, head_dim=16, n_groups=2),
 }
 
 
@@ -335,7 +339,16 @@ def test_quantized_types(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, kind", [("llama", "q8_0"), ("gpt2", "q4_0"), ("phi3", "q8_0"), ("phi3", "q4_0"), ("mixtral", "q4_0")]
+    "name, kind",
+    [
+        ("llama", "q8_0"),
+        ("gpt2", "q4_0"),
+        ("phi3", "q8_0"),
+        ("phi3", "q4_0"),
+        ("mixtral", "q4_0"),
+        ("mamba", "q8_0"),
+        ("mamba2", "q4_0"),
+    ],
 )
 def test_packed_matrices_stay_packed(name, kind, checkpoint, tmp_path):
     """Products with them give what the dequantized ones give, and a save has these."""
@@ -420,6 +433,10 @@ def test_refusals(checkpoint, llmctl, tmp_path):
     refused(CONFIGS["gemma2"], r"gemma2 cannot be exported to GGUF: layer 0 scales its scores")
     refused(CONFIGS["smollm3-windows"], "layers without positions are not every 4th|biases")
     refused(CONFIGS["llama-one-kv-head"], "activation gelu")
+    refused(transformers.MambaConfig(**STATES, vocab_size=33, expand=3), "192 wide inside, not twice 64")
+    refused(
+        transformers.Mamba2Config(**STATES, vocab_size=33, num_heads=8, head_dim=16, use_conv_bias=False), "no bias"
+    )
     refused(CONFIGS["llama"], "has no tokenizer")
     base = checkpoint("llama")
     with pytest.raises(UserError, match="ends in .gguf"):

@@ -10,8 +10,10 @@ import torch
 from gguf import PoolingType
 
 from llmctl.errors import UserError
+from llmctl.gguf import state_spaces
 from llmctl.models import rope_scaling
 from llmctl.models.config import Attention, GatedMlp, LearnedPositions, ModelConfig, Moe, Rope
+from llmctl.models.config_recurrent import Mamba, Mamba2
 
 NAMES = {
     "llama": "llama",
@@ -28,6 +30,8 @@ NAMES = {
     "smollm3": "smollm3",
     "gpt2": "gpt2",
     "bert": "bert",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
 }
 """Of GGUF, by our family."""
 
@@ -66,6 +70,9 @@ def _obstacles(config: ModelConfig) -> Iterator[str]:
         yield "its head has a bias or a scale"
     for layer in range(config.n_layers):
         block = config.block(layer)
+        if isinstance(block.mixer, (Mamba, Mamba2)):
+            yield from state_spaces.obstacles(config, block.mixer, layer)
+            continue
         yield from _attention_obstacles(config, block.mixer, layer)
         yield from _ffn_obstacles(config, block.ffn, layer)
     if config.family.startswith("gemma") and config.family != "gemma3_text" and not config.tie_embeddings:
@@ -130,6 +137,8 @@ def _ffn_obstacles(config: ModelConfig, ffn: Any, layer: int) -> Iterator[str]:
 
 def context(config: ModelConfig) -> int:
     """Positions up to which llama.cpp computes the same: it has no windows in most families, nor angles that follow the length."""
+    if config.max_positions is None:
+        return state_spaces.CONTEXT
     longest = config.max_positions
     for block in config.blocks:
         mixer = block.mixer
@@ -142,13 +151,15 @@ def context(config: ModelConfig) -> int:
 
 def far_rope(config: ModelConfig) -> Rope | None:
     """The rope of layers without a window, where there are such."""
-    mixers = [config.block(i).mixer for i in range(config.n_layers)]
+    mixers = [mixer for i in range(config.n_layers) if isinstance(mixer := config.block(i).mixer, Attention)]
     found = [mixer.rope for mixer in sorted(mixers, key=lambda mixer: bool(mixer.window)) if mixer.rope]
     return found[0] if found else None
 
 
 def metadata(config: ModelConfig) -> dict[str, Any]:
     """The architecture's keys, without its name in front of them."""
+    if isinstance(config.blocks[0].mixer, (Mamba, Mamba2)):
+        return state_spaces.metadata(config)
     block, rope = config.blocks[0], far_rope(config)
     mixer, ffn = block.mixer, block.ffn
     expert = ffn.expert if isinstance(ffn, Moe) else ffn

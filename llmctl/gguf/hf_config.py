@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmctl.errors import UserError
+from llmctl.gguf import state_spaces
 
 _FAMILIES = {
     "llama": "llama",
@@ -22,6 +23,8 @@ _FAMILIES = {
     "smollm3": "smollm3",
     "gpt2": "gpt2",
     "bert": "bert",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
 }
 _PERIODS = {"gemma2": 2, "gemma3_text": 6}
 
@@ -48,6 +51,8 @@ def of_keys(fields: dict[str, Any], tensors: set[str], read: Callable[[str], tor
     if family == "bert":
         types = len(read("token_types.weight")) if "token_types.weight" in tensors else 0
         return {**common, **_bert(keys), "type_vocab_size": types, "tie_word_embeddings": True}
+    if family in ("mamba", "mamba2"):
+        return common | state_spaces.of_keys(family, keys)
     return common | (_gpt2(keys) if family == "gpt2" else _llama_like(family, keys, tensors, read))
 
 

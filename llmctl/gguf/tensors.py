@@ -2,7 +2,8 @@
 
 The names are llama.cpp's (the `gguf` library lists them). Its matrices are [out, in] as ours are; what differs is said by
 `change`: "rename" nothing, "join" rows of several of ours, "stack" the experts of a layer, "rope" rows in the order in which
-neighbours turn together, "offset" a norm's weight with the family's offset added.
+neighbours turn together, "offset" a norm's weight with the family's offset added; of state spaces, "decay" is -exp of ours,
+"column" a vector as a matrix of one column, "taps" a convolution without its middle dimension, "groups" a norm's weight by groups.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from llmctl.gguf import state_spaces
 from llmctl.models.config import ModelConfig
+from llmctl.models.config_recurrent import Mamba, Mamba2
 
 NEIGHBOURS_TURN = ("llama", "mistral", "mixtral", "smollm3")
 """Families whose queries and keys llama.cpp turns in pairs of neighbours."""
@@ -66,10 +69,17 @@ def entries(config: ModelConfig, shapes: Mapping[str, torch.Size]) -> list[Entry
 
 
 def _rows(config: ModelConfig):
+    if isinstance(config.blocks[0].mixer, (Mamba, Mamba2)):
+        yield from state_spaces.rows(config.blocks[0].mixer)
+    else:
+        yield from _attention_and_ffn(config)
     offset = "offset" if config.blocks[0].norm.offset else "rename"
     for theirs, ours in _SIMPLE.items():
         change = offset if ours.endswith("norm") else "rename"
         yield from ((f"{theirs}.{kind}", (f"{ours}.{kind}",), change) for kind in _KINDS)
+
+
+def _attention_and_ffn(config: ModelConfig):
     mixer, ffn = "layers.{}.mixer", "layers.{}.ffn"
     fused = config.family in ("gpt2", "phi3")
     for kind in _KINDS:
@@ -99,6 +109,15 @@ def to_gguf(entry: Entry, parts: Sequence[torch.Tensor], config: ModelConfig) ->
         return halves.transpose(1, 2).flatten(0, 2).contiguous()
     if entry.change == "offset":
         return parts[0] + config.blocks[0].norm.offset
+    if entry.change.startswith("decay"):
+        decay = -parts[0].exp()
+        return decay.unsqueeze(1) if entry.change.endswith("column") else decay
+    if entry.change == "column":
+        return parts[0].unsqueeze(1)
+    if entry.change == "taps":
+        return parts[0].squeeze(1)
+    if entry.change == "groups":
+        return parts[0].unflatten(0, (config.blocks[0].mixer.n_groups, -1))
     return parts[0]
 
 
@@ -113,6 +132,15 @@ def to_ours(entry: Entry, tensor: torch.Tensor, sizes: Sequence[int], config: Mo
         return [pairs.transpose(1, 2).flatten(0, 2).contiguous()]
     if entry.change == "offset":
         return [tensor - config.blocks[0].norm.offset]
+    if entry.change.startswith("decay"):
+        logarithm = (-tensor).log()
+        return [logarithm.squeeze(1) if entry.change.endswith("column") else logarithm]
+    if entry.change == "column":
+        return [tensor.squeeze(1)]
+    if entry.change == "taps":
+        return [tensor.unsqueeze(1)]
+    if entry.change == "groups":
+        return [tensor.flatten()]
     return [tensor]
 
 

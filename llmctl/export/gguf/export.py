@@ -77,7 +77,7 @@ def export(base: str | Path, output: str | Path, settings: ExportGgufSettings) -
         raise UserError(f"{base}: has no tokenizer, and llama.cpp opens no file without one")
     tokenizer = Tokenizer.load(base)
     words = vocabulary.keys(tokenizer, config.vocab_size)
-    if (longest := architectures.context(config)) < config.max_positions:
+    if (longest := architectures.context(config)) < (config.max_positions or 0):
         log.info(
             "the context is stated as %d of %d tokens: beyond, llama.cpp computes otherwise",
             longest,

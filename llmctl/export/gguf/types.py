@@ -7,7 +7,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType, quants
 
-from llmctl.gguf import k_quants
+from llmctl.gguf import k_quants, state_spaces
 
 FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
@@ -30,7 +30,7 @@ _FLOAT32 = ("ffn_gate_inp", "position_embd", "token_types", "rope_")
 
 def type_of(name: str, shape: tuple[int, ...], wanted: str, n_layers: int, is_head: bool) -> Type:
     """`is_head`: the matrix gives the logits, so that few bits would cost most there."""
-    if len(shape) < 2 or any(part in name for part in _FLOAT32):
+    if len(shape) < 2 or any(part in name for part in _FLOAT32) or name.endswith(state_spaces.FLOAT32):
         return Type.F32
     chosen = Type[wanted.upper()]
     if chosen in (Type.F32, Type.F16, Type.BF16):
