@@ -22,6 +22,7 @@ gguf = pytest.importorskip("gguf")
 
 import family_checks as checks  # noqa: E402
 from test_decoder_families import CONFIGS, GEMMA2, GEMMA3, LLAMA3, SHAPE, YARN, longrope  # noqa: E402
+from test_seq2seq_families import untie  # noqa: E402
 from test_tokenizer_sentencepiece import T5_IDS, train  # noqa: E402, F401
 
 from llmctl import lineage  # noqa: E402
@@ -35,6 +36,7 @@ from llmctl.finetune.assembly import Assembly  # noqa: E402
 from llmctl.generation.session import Session  # noqa: E402
 from llmctl.generation.settings import Sampling  # noqa: E402
 from llmctl.gguf import k_quants, vocabulary  # noqa: E402
+from llmctl.gguf.file import GgufFile  # noqa: E402
 from llmctl.inspection import inspect  # noqa: E402
 from llmctl.models.loading import load_model, read_config, save_model  # noqa: E402
 from llmctl.models.quantized_linear import QuantizedLinear  # noqa: E402
@@ -269,6 +271,64 @@ def test_unigram_tokenizers_that_llama_cpp_takes_otherwise(changes, told, train,
         vocabulary.keys(Tokenizer.load(tmp_path), 600)
 
 
+SEQ2SEQ = transformers.AutoModelForSeq2SeqLM
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5S = {
+    "relu-tied": transformers.T5Config(**T5 | {"num_layers": 3}, num_decoder_layers=2),
+    "gated": transformers.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "gated-tied": transformers.T5Config(**T5, feed_forward_proj="gated-gelu", scale_decoder_outputs=False),
+}
+
+
+@pytest.fixture(scope="module")
+def t5(unigram, tmp_path_factory):
+    """Directories of random encoder-decoders, with T5's tokenizer."""
+    made, tokenizer = {}, unigram["t5"][1]
+    for name, config in T5S.items():
+        config, is_tied = copy.deepcopy(config), config.tie_word_embeddings
+        config.vocab_size = tokenizer.vocab_size + 4
+        made[name] = checks.reference(config, tmp_path_factory.mktemp(name), SEQ2SEQ, spread=0.3).directory
+        if not is_tied:
+            untie(load_model(made[name]), made[name])
+        tokenizer.save(made[name])
+    return made
+
+
+@pytest.mark.parametrize("name", list(T5S))
+def test_encoder_decoders(name, t5, tmp_path):
+    """What is read from the file computes the same; a head's scale has become part of it."""
+    found = export(t5[name], tmp_path / "m.gguf", ExportGgufSettings(type="f32"))
+    assert found.agreement.kl_divergence < 1e-6
+    ours, again = load_model(t5[name]), load_model(tmp_path / "m.gguf")
+    source, written = (
+        checks.token_ids(ours.config.vocab_size, 2, 11),
+        checks.token_ids(ours.config.vocab_size, 2, 9, seed=1),
+    )
+    with torch.no_grad():
+        assert (ours(source, input_ids_BT=written) - again(source, input_ids_BT=written)).abs().max() < 1e-4
+    assert again.config.decoder_start_id == 0 and again.config.head.scale == 1.0
+    export(t5[name], tmp_path / "q.gguf", ExportGgufSettings(type="q4_k", tolerance=20.0))
+    assert load_model(tmp_path / "q.gguf").config == again.config
+
+
+def test_encoder_decoders_in_llama_cpp(t5, llama_cpp, tmp_path):
+    rows, expected = [], []
+    for name, base in t5.items():
+        export(base, tmp_path / f"{name}.gguf", ExportGgufSettings(type="f32"))
+        tokenizer, model = Tokenizer.load(base), load_model(base)
+        for text in TEXTS[:2]:
+            source = tokenizer.encode(text)
+            rows.append({"file": str(tmp_path / f"{name}.gguf"), "source": source, "count": 20})
+            written = [model.config.decoder_start_id]
+            while len(written) <= 20:
+                with torch.no_grad():
+                    logits_BTV = model(torch.tensor([source]), input_ids_BT=torch.tensor([written]))
+                written.append(int(logits_BTV[0, -1].argmax()))
+            expected.append(written[1:])
+    assert [answer.get("error") or answer["greedy"] for answer in llama_cpp(rows)] == expected
+    assert max(len(set(tokens)) for tokens in expected) > 3
+
+
 @pytest.fixture(scope="module")
 def bert(data, tmp_path_factory):
     """A random BERT with the vocabulary of the real one."""
@@ -437,12 +497,22 @@ def test_refusals(checkpoint, llmctl, tmp_path):
     refused(
         transformers.Mamba2Config(**STATES, vocab_size=33, num_heads=8, head_dim=16, use_conv_bias=False), "no bias"
     )
+    refused(transformers.T5Config(**T5, vocab_size=33, feed_forward_proj="gated-silu"), "gelu_tanh's", SEQ2SEQ)
+    refused(transformers.T5Config(**T5, vocab_size=33, num_decoder_layers=3), "more layers than its encoder", SEQ2SEQ)
+    refused(transformers.T5Config(**T5, vocab_size=33, relative_attention_max_distance=64), "up to 64 apart", SEQ2SEQ)
     refused(CONFIGS["llama"], "has no tokenizer")
     base = checkpoint("llama")
     with pytest.raises(UserError, match="ends in .gguf"):
         export(base, tmp_path / "out", ExportGgufSettings())
     result = llmctl("export-gguf", base, "-o", "x.gguf", "--type", "q4_0", "--tolerance", "0", code=3)
     assert "KL divergence may be 0 at most" in result.stderr and not list(tmp_path.glob("*x.gguf*"))
+
+
+def test_keys_are_read_as_the_library_reads_them(checkpoint, unigram, tmp_path):
+    export(checkpoint("llama"), tmp_path / "llama.gguf", ExportGgufSettings())
+    for path in (tmp_path / "llama.gguf", unigram["t5"][0]):
+        expected = {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+        assert GgufFile(path).fields == expected and len(expected["tokenizer.ggml.tokens"]) > 250
 
 
 def test_broken_files(checkpoint, llmctl, tmp_path):

@@ -10,10 +10,9 @@ import torch
 from gguf import PoolingType
 
 from llmctl.errors import UserError
-from llmctl.gguf import state_spaces
+from llmctl.gguf.own_layouts import OWN
 from llmctl.models import rope_scaling
 from llmctl.models.config import Attention, GatedMlp, LearnedPositions, ModelConfig, Moe, Rope
-from llmctl.models.config_recurrent import Mamba, Mamba2
 
 NAMES = {
     "llama": "llama",
@@ -32,6 +31,7 @@ NAMES = {
     "bert": "bert",
     "mamba": "mamba",
     "mamba2": "mamba2",
+    "t5": "t5",
 }
 """Of GGUF, by our family."""
 
@@ -63,6 +63,9 @@ def in_file(config: ModelConfig) -> ModelConfig:
 
 
 def _obstacles(config: ModelConfig) -> Iterator[str]:
+    if config.family in OWN:
+        yield from OWN[config.family].obstacles(config)
+        return
     if config.kind == "causal" and (config.classifier is not None or config.head is None):
         yield "it has no head that predicts tokens"
         return
@@ -70,9 +73,6 @@ def _obstacles(config: ModelConfig) -> Iterator[str]:
         yield "its head has a bias or a scale"
     for layer in range(config.n_layers):
         block = config.block(layer)
-        if isinstance(block.mixer, (Mamba, Mamba2)):
-            yield from state_spaces.obstacles(config, block.mixer, layer)
-            continue
         yield from _attention_obstacles(config, block.mixer, layer)
         yield from _ffn_obstacles(config, block.ffn, layer)
     if config.family.startswith("gemma") and config.family != "gemma3_text" and not config.tie_embeddings:
@@ -137,8 +137,8 @@ def _ffn_obstacles(config: ModelConfig, ffn: Any, layer: int) -> Iterator[str]:
 
 def context(config: ModelConfig) -> int:
     """Positions up to which llama.cpp computes the same: it has no windows in most families, nor angles that follow the length."""
-    if config.max_positions is None:
-        return state_spaces.CONTEXT
+    if config.family in OWN:
+        return OWN[config.family].context(config)
     longest = config.max_positions
     for block in config.blocks:
         mixer = block.mixer
@@ -158,8 +158,8 @@ def far_rope(config: ModelConfig) -> Rope | None:
 
 def metadata(config: ModelConfig) -> dict[str, Any]:
     """The architecture's keys, without its name in front of them."""
-    if isinstance(config.blocks[0].mixer, (Mamba, Mamba2)):
-        return state_spaces.metadata(config)
+    if config.family in OWN:
+        return OWN[config.family].metadata(config)
     block, rope = config.blocks[0], far_rope(config)
     mixer, ffn = block.mixer, block.ffn
     expert = ffn.expert if isinstance(ffn, Moe) else ffn

@@ -26,13 +26,45 @@ _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
+class _Reader(gguf.GGUFReader):
+    """Takes an array at once, where the library goes number by number: seconds for a vocabulary, and more for a table of characters."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int):
+        if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order == "S":
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+        item, begin, n = gguf.GGUFValueType(kind[0]), orig_offs + 12, int(count[0])
+        if item == gguf.GGUFValueType.STRING:
+            texts, end = _texts(self.data.view(np.ndarray), begin, n)
+            return end - orig_offs, [kind, count, *texts], list(range(2, 2 + n)), [gguf.GGUFValueType.ARRAY, item]
+        dtype = self.gguf_scalar_to_np.get(item)
+        if dtype is None or n == 0:
+            return super()._get_field_parts(orig_offs, raw_type)
+        values = self._get(begin, dtype, n)
+        if len(values) != n:
+            raise ValueError(f"an array of {n} numbers, of which {len(values)} are there")
+        return begin + values.nbytes - orig_offs, [kind, count, values], [2], [gguf.GGUFValueType.ARRAY, item]
+
+
+def _texts(data: np.ndarray, begin: int, count: int) -> tuple[list[np.ndarray], int]:
+    """The bytes of so many strings, each behind its length in 8 bytes, and the place behind the last."""
+    found = []
+    for _ in range(count):
+        start = begin + 8
+        begin = start + int.from_bytes(data[begin:start].tobytes(), "little")
+        if begin > len(data):
+            raise ValueError(f"a string reaches to byte {begin}, the file has {len(data)}")
+        found.append(data[start:begin])
+    return found, begin
+
+
 class GgufFile:
     """The keys of a file, and its tensors as the `gguf` library maps them."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            reader = gguf.GGUFReader(path)
+            reader = _Reader(path)
             self.fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
             self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         except OSError as error:
@@ -102,7 +134,7 @@ class GgufTensors(NamedTensors):
         self._family = families.find(hf["model_type"])
         self._config: ModelConfig = architectures.in_file(self._family.config_from_hf(hf))
         self._shapes = shapes = _shapes(self._config)
-        found = tensors.entries(self._config, shapes)
+        found = [entry for entry in tensors.entries(self._config, shapes) if entry.change != "scaled"]
         missing = [entry.name for entry in found if entry.name not in self._file.tensors]
         known = {entry.name for entry in found}
         extra = [name for name in self._file.tensors if name not in known and name not in _FACTORS]

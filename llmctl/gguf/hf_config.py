@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmctl.errors import UserError
-from llmctl.gguf import state_spaces
+from llmctl.gguf.own_layouts import OWN
 
 _FAMILIES = {
     "llama": "llama",
@@ -25,6 +25,7 @@ _FAMILIES = {
     "bert": "bert",
     "mamba": "mamba",
     "mamba2": "mamba2",
+    "t5": "t5",
 }
 _PERIODS = {"gemma2": 2, "gemma3_text": 6}
 
@@ -51,8 +52,8 @@ def of_keys(fields: dict[str, Any], tensors: set[str], read: Callable[[str], tor
     if family == "bert":
         types = len(read("token_types.weight")) if "token_types.weight" in tensors else 0
         return {**common, **_bert(keys), "type_vocab_size": types, "tie_word_embeddings": True}
-    if family in ("mamba", "mamba2"):
-        return common | state_spaces.of_keys(family, keys)
+    if family in OWN:
+        return common | OWN[family].of_keys(family, keys, tensors)
     return common | (_gpt2(keys) if family == "gpt2" else _llama_like(family, keys, tensors, read))
 
 

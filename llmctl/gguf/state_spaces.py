@@ -14,6 +14,12 @@ CONTEXT = 1 << 20
 FLOAT32 = (".ssm_conv1d.weight", ".ssm_a", ".ssm_d", ".ssm_norm.weight")
 """Ends of the names of tensors whose type llama.cpp lets no one choose."""
 _MIXER = "layers.{}.mixer"
+_AROUND = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "output": "lm_head",
+    "blk.{}.attn_norm": "layers.{}.mixer_norm",
+}
 _BOTH = {
     "blk.{}.ssm_in.weight": ("in_proj.weight", "rename"),
     "blk.{}.ssm_conv1d.weight": ("conv1d.weight", "taps"),
@@ -37,23 +43,32 @@ _PARTICULAR = {
 }
 
 
-def rows(mixer: Mamba | Mamba2) -> Iterator[tuple[str, tuple[str], str]]:
-    """(the file's name, ours, what differs) of a layer's tensors."""
+def rows(config: ModelConfig) -> Iterator[tuple[str, tuple[str], str]]:
+    """(the file's name, ours, what differs) of all tensors."""
+    yield from ((f"{theirs}.weight", (f"{ours}.weight",), "rename") for theirs, ours in _AROUND.items())
+    mixer = config.blocks[0].mixer
     for theirs, (ours, change) in (_BOTH | _PARTICULAR[type(mixer)]).items():
         yield theirs, (f"{_MIXER}.{ours}",), change
 
 
-def obstacles(config: ModelConfig, mixer: Mamba | Mamba2, layer: int) -> Iterator[str]:
+def obstacles(config: ModelConfig) -> Iterator[str]:
+    mixer = config.blocks[0].mixer
+    if config.classifier is not None or config.head is None:
+        yield "it has no head that predicts tokens"
     if mixer.bias:
-        yield f"layer {layer} has biases in its projections"
+        yield "each layer has biases in its projections"
     if not mixer.conv_bias:
-        yield f"layer {layer} has no bias in its convolution"
+        yield "each layer has no bias in its convolution"
     if mixer.activation != "silu":
-        yield f"layer {layer} has the activation {mixer.activation}, not silu"
+        yield f"each layer has the activation {mixer.activation}, not silu"
     if isinstance(mixer, Mamba) and mixer.d_inner != 2 * config.d_model:
-        yield f"layer {layer} is {mixer.d_inner} wide inside, not twice {config.d_model}"
+        yield f"each layer is {mixer.d_inner} wide inside, not twice {config.d_model}"
     if isinstance(mixer, Mamba2) and tuple(mixer.dt_limit) != (0.0, math.inf):
-        yield f"layer {layer} limits its step sizes"
+        yield "each layer limits its step sizes"
+
+
+def context(config: ModelConfig) -> int:
+    return CONTEXT
 
 
 def metadata(config: ModelConfig) -> dict[str, Any]:
@@ -76,7 +91,7 @@ def metadata(config: ModelConfig) -> dict[str, Any]:
     return {**keys, "ssm.time_step_rank": mixer.n_heads, "ssm.group_count": mixer.n_groups}
 
 
-def of_keys(family: str, keys: dict[str, Any]) -> dict[str, Any]:
+def of_keys(family: str, keys: dict[str, Any], tensors: set[str]) -> dict[str, Any]:
     """The inverse, as config.json has it."""
     width, inner, rank = keys["embedding_length"], keys["ssm.inner_size"], keys["ssm.time_step_rank"]
     hf = {

@@ -3,7 +3,8 @@
 The names are llama.cpp's (the `gguf` library lists them). Its matrices are [out, in] as ours are; what differs is said by
 `change`: "rename" nothing, "join" rows of several of ours, "stack" the experts of a layer, "rope" rows in the order in which
 neighbours turn together, "offset" a norm's weight with the family's offset added; of state spaces, "decay" is -exp of ours,
-"column" a vector as a matrix of one column, "taps" a convolution without its middle dimension, "groups" a norm's weight by groups.
+"column" a vector as a matrix of one column, "taps" a convolution without its middle dimension, "groups" a norm's weight by groups; of T5, "scaled" a
+head with its scale, which is written and not read: read back it is a head of its own.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llmctl.gguf import state_spaces
+from llmctl.gguf.own_layouts import OWN
 from llmctl.models.config import ModelConfig
-from llmctl.models.config_recurrent import Mamba, Mamba2
 
 NEIGHBOURS_TURN = ("llama", "mistral", "mixtral", "smollm3")
 """Families whose queries and keys llama.cpp turns in pairs of neighbours."""
@@ -69,10 +69,10 @@ def entries(config: ModelConfig, shapes: Mapping[str, torch.Size]) -> list[Entry
 
 
 def _rows(config: ModelConfig):
-    if isinstance(config.blocks[0].mixer, (Mamba, Mamba2)):
-        yield from state_spaces.rows(config.blocks[0].mixer)
-    else:
-        yield from _attention_and_ffn(config)
+    if config.family in OWN:
+        yield from OWN[config.family].rows(config)
+        return
+    yield from _attention_and_ffn(config)
     offset = "offset" if config.blocks[0].norm.offset else "rename"
     for theirs, ours in _SIMPLE.items():
         change = offset if ours.endswith("norm") else "rename"
@@ -116,6 +116,8 @@ def to_gguf(entry: Entry, parts: Sequence[torch.Tensor], config: ModelConfig) ->
         return parts[0].unsqueeze(1)
     if entry.change == "taps":
         return parts[0].squeeze(1)
+    if entry.change == "scaled":
+        return parts[0] * config.head.scale
     if entry.change == "groups":
         return parts[0].unflatten(0, (config.blocks[0].mixer.n_groups, -1))
     return parts[0]

@@ -7,7 +7,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import LlamaFileType, quants
 
-from llmctl.gguf import k_quants, state_spaces
+from llmctl.gguf import k_quants, own_layouts
 
 FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
@@ -30,7 +30,7 @@ _FLOAT32 = ("ffn_gate_inp", "position_embd", "token_types", "rope_")
 
 def type_of(name: str, shape: tuple[int, ...], wanted: str, n_layers: int, is_head: bool) -> Type:
     """`is_head`: the matrix gives the logits, so that few bits would cost most there."""
-    if len(shape) < 2 or any(part in name for part in _FLOAT32) or name.endswith(state_spaces.FLOAT32):
+    if len(shape) < 2 or any(part in name for part in _FLOAT32) or name.endswith(own_layouts.FLOAT32):
         return Type.F32
     chosen = Type[wanted.upper()]
     if chosen in (Type.F32, Type.F16, Type.BF16):
@@ -46,7 +46,7 @@ def _is_sensitive(name: str, n_layers: int) -> bool:
     """What Q4_K_M keeps in 6 bits: values and the way down, in the first and last eighth of the layers and each third between."""
     if not any(part in name for part in ("attn_v.", "ffn_down")):
         return False
-    layer, eighth = int(name.split(".")[1]), n_layers // 8
+    layer, eighth = int(name.partition("blk.")[2].split(".")[0]), n_layers // 8
     return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
 
 
