@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 13
+#define LLMCTL_ABI 14
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -300,6 +300,30 @@ LLMCTL_API int llmctl_attention_softmax_backward(int32_t dtype, void* scores, vo
                                                  int64_t n_columns, const int32_t* begin, const int32_t* end,
                                                  int64_t n_queries, float scale, const float* log_sums,
                                                  const float* deltas);
+
+/* Causal attention of training in one pass: everything is bfloat16 and contiguous but log_sums. q, out and grad_q are
+ * [batch, heads, tokens, head_dim], k and v [batch, kv_heads, tokens, head_dim]. A query attends to the keys from
+ * first_keys [batch, tokens] (null: 0), which is not above its own index, to its own. The backward pass takes out and
+ * log_sums as the forward pass left them, and grad_out; grad_k and grad_v are, where kv_heads is heads, like k, else
+ * float32 [batch, heads, tokens, head_dim]: what each head of a group adds to its gradient. */
+typedef struct {
+    const void* q;
+    const void* k;
+    const void* v;
+    const int64_t* first_keys;
+    void* out;
+    float* log_sums; /* [batch, heads, tokens]: of each softmax's denominator */
+    const void* grad_out;
+    void* grad_q;
+    void* grad_k;
+    void* grad_v;
+    int64_t batch, heads, kv_heads, tokens, head_dim;
+    float scale;
+} llmctl_training_attention;
+/* Whether the two functions that follow can be called for this dtype and size of a head here. */
+LLMCTL_API int llmctl_has_training_attention(int32_t dtype, int64_t head_dim);
+LLMCTL_API int llmctl_training_attention_forward(const llmctl_training_attention* args);
+LLMCTL_API int llmctl_training_attention_backward(const llmctl_training_attention* args);
 
 /* The same on a CUDA device: every pointer, but for structs, strides and sizes, is one of the device, and the work is put into
  * the stream (a cudaStream_t), which nobody waits for. A library without CUDA fails. Differences: attention is made for few

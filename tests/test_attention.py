@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmctl.ops import blocked_attention, native
+from llmctl.ops import blocked_attention, native, training_attention
 from llmctl.ops.attention import attention
 from llmctl.ops.visibility import Visibility
 
@@ -14,6 +14,14 @@ pytestmark = pytest.mark.skipif(not native.path().exists(), reason="the native l
 
 # batch, query heads, kv heads, length, head size
 SHAPES = [(1, 1, 1, 1, 8), (2, 4, 2, 7, 16), (3, 6, 1, 33, 20), (2, 4, 4, 300, 32), (1, 2, 1, 513, 64)]
+TILED_SHAPES = [
+    (1, 1, 1, 1, 32),
+    (2, 6, 2, 150, 64),
+    (1, 4, 4, 64, 128),
+    (2, 3, 1, 65, 96),
+    (1, 2, 2, 200, 256),
+    *SHAPES[3:],
+]
 
 
 def sample(shape, dtype):
@@ -49,17 +57,30 @@ def weights(out):
     return torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("packed", [False, True])
-def test_equals_torch(monkeypatch, shape, dtype, tolerance, packed):
-    monkeypatch.setattr(blocked_attention, "SCORES_PER_BLOCK", 5000)  # so that heads are cut into several blocks
+def check_equals_torch(shape, dtype, tolerance, packed):
     q, k, v = sample(shape, dtype)
     starts = random_starts(shape[0], shape[3]) if packed else torch.zeros(shape[0], shape[3], dtype=torch.int64)
     out = blocked_attention.causal_attention(q, k, v, starts if packed else None)
     (out * weights(out)).sum().backward()
     for ours, theirs in zip((out, q.grad, k.grad, v.grad), expected(q, k, v, starts)):
         assert (ours.double() - theirs).norm() <= tolerance * (theirs.norm() + 0.1)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_equals_torch(monkeypatch, shape, dtype, tolerance, packed):
+    monkeypatch.setattr(blocked_attention, "SCORES_PER_BLOCK", 5000)  # so that heads are cut into several blocks
+    monkeypatch.setattr(training_attention, "applies", lambda _: False)
+    check_equals_torch(shape, dtype, tolerance, packed)
+
+
+@pytest.mark.parametrize("shape", TILED_SHAPES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_tiles_equal_torch(shape, packed):
+    if not training_attention.applies(torch.empty(1, 1, 1, shape[4], dtype=torch.bfloat16)):
+        pytest.skip("the processor has no tile registers")
+    check_equals_torch(shape, torch.bfloat16, 1e-2, packed)
 
 
 def test_attention_chooses_the_kernel_for_packed_rows_and_the_mask_without_it(monkeypatch):

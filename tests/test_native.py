@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.ops import bpe, cached_attention, decode_step, native, quantized_linear, sampling
+from llmctl.ops import bpe, cached_attention, decode_step, native, quantized_linear, sampling, training_attention
 
 HEADER = Path(__file__).resolve().parent.parent / "csrc" / "llmctl.h"
 C_TYPES = {
@@ -36,6 +36,7 @@ STRUCTS = {
     "llmctl_rotary": decode_step.Rotary,
     "llmctl_kv_cache": decode_step.KvCache,
     "llmctl_decode_args": decode_step.Args,
+    "llmctl_training_attention": training_attention.Args,
 }
 
 

@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FUZZ = ["ops_linear", "ops_attention", "ops_activation", "ops_norm", "ops_quantized", "ops_sampling", "decode_step"]
+FUZZ = [
+    "ops_linear",
+    "ops_attention",
+    "attention",
+    "ops_activation",
+    "ops_norm",
+    "ops_quantized",
+    "ops_sampling",
+    "decode_step",
+]
 # What torch imports its compiler for, and statistics: neither tells of memory.
 LEFT_OUT = "not contract and not frequencies and not 30011"
 RUN = """

@@ -41,4 +41,13 @@ struct AttentionKernels {
     void (*write)(const AttentionArgs&, const AttentionTile&, const AttentionSums& sums);
 };
 
+using TrainingAttention = llmctl_training_attention;
+
+// One query head of one sequence, forward and backward; null where there are no such kernels.
+struct TrainingAttentionKernels {
+    void (*forward)(const TrainingAttention&, int64_t sequence, int64_t head);
+    void (*backward)(const TrainingAttention&, int64_t sequence, int64_t head);
+};
+constexpr int64_t training_attention_dims = 32;  // a head's size is a multiple
+
 }  // namespace llmctl

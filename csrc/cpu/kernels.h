@@ -28,6 +28,7 @@ struct Kernels {
     QuantizeRowKernel quantize_row_f32, quantize_row_bf16;
     QuantizedLinearKernel quantized_linear_f32, quantized_linear_bf16;
     AttentionKernels attention_f32, attention_bf16;
+    TrainingAttentionKernels training_attention_bf16;
     ActivationKernel activation_f32, activation_bf16;
     RmsNormKernel rms_norm_f32, rms_norm_bf16;
     LayerNormKernel layer_norm_f32, layer_norm_bf16;

@@ -1,5 +1,6 @@
 #include "cpu/activation.h"
 #include "cpu/attention_tiles.h"
+#include "cpu/attention_training.h"
 #include "cpu/kernels.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear_amx.h"
@@ -22,6 +23,7 @@ const llmctl::Kernels llmctl::amx_kernels = {
     quantized_tiles_piece<Avx512VnniOf<Avx512Bf16>, Bf16>,
     attention_kernels<FloatDot<Avx512Bf16, float>, 6, 6>,
     tiled_attention_kernels,
+    {training::forward, training::backward},
     activation_kernel<Avx512Bf16, float>,
     activation_kernel<Avx512Bf16, Bf16>,
     rms_norm_row<Avx512Bf16, float>,

@@ -20,6 +20,7 @@ const llmctl::Kernels llmctl::avx2_kernels = {
     quantized_linear_piece<Avx2Int, Bf16, 4>,
     attention_kernels<FloatDot<Avx2, float>, 3, 2>,
     attention_kernels<FloatDot<Avx2, Bf16>, 3, 2>,
+    {},  // no attention of training
     activation_kernel<Avx2, float>,
     activation_kernel<Avx2, Bf16>,
     rms_norm_row<Avx2, float>,

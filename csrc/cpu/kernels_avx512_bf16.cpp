@@ -21,6 +21,7 @@ const llmctl::Kernels llmctl::avx512_bf16_kernels = {
     quantized_linear_piece<Avx512VnniOf<Avx512Bf16>, Bf16, 8>,
     attention_kernels<FloatDot<Avx512Bf16, float>, 6, 6>,
     attention_kernels<Bf16Dot, 6, 6>,
+    {},  // no attention of training
     activation_kernel<Avx512Bf16, float>,
     activation_kernel<Avx512Bf16, Bf16>,
     rms_norm_row<Avx512Bf16, float>,

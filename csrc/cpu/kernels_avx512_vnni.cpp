@@ -20,6 +20,7 @@ const llmctl::Kernels llmctl::avx512_vnni_kernels = {
     quantized_linear_piece<Avx512Vnni, Bf16, 8>,
     attention_kernels<FloatDot<Avx512, float>, 6, 6>,
     attention_kernels<FloatDot<Avx512, Bf16>, 6, 6>,
+    {},  // no attention of training
     activation_kernel<Avx512, float>,
     activation_kernel<Avx512, Bf16>,
     rms_norm_row<Avx512, float>,

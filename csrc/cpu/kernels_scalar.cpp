@@ -20,6 +20,7 @@ const llmctl::Kernels llmctl::scalar_kernels = {
     quantized_linear_piece<ScalarInt, Bf16, 4>,
     attention_kernels<FloatDot<Scalar, float>, 2, 1>,
     attention_kernels<FloatDot<Scalar, Bf16>, 2, 1>,
+    {},  // no attention of training
     activation_kernel<Scalar, float>,
     activation_kernel<Scalar, Bf16>,
     rms_norm_row<Scalar, float>,

@@ -1,7 +1,8 @@
 """Causal attention for training on a CPU: blocks of queries through the processor's matrix units, the softmax in csrc.
 
-torch's flash kernel for the CPU reaches a tenth of what its matrix products do. Here a block of queries meets all its keys
-in one batched product; scores exist for one block at a time, in the dtype of the inputs, and are recomputed in the backward
+torch's flash kernel for the CPU reaches a tenth of what its matrix products do. Where the processor has tile registers a kernel
+of csrc does all of it (`training_attention`). Elsewhere a block of queries meets all its keys in one batched product; scores
+exist for one block at a time, in the dtype of the inputs, and are recomputed in the backward
 pass from the softmax's denominators (as in FlashAttention-2, arXiv:2307.08691, algorithm 2). Packed documents cost nothing:
 each query says where its keys begin.
 """
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from llmctl.ops import native
+from llmctl.ops import native, training_attention
 from llmctl.ops.dispatch import DTYPES, cpu_library
 
 QUERIES_PER_BLOCK = 256
@@ -21,9 +22,13 @@ SCORES_PER_BLOCK = 1 << 22
 
 
 def applies(q_BHTK: torch.Tensor, is_packed: bool) -> bool:
-    """Where it is the better choice: bfloat16 (torch's float32 kernel is as fast), or packed documents in either dtype."""
-    fits = q_BHTK.device.type == "cpu" and q_BHTK.dtype in DTYPES and (is_packed or q_BHTK.dtype == torch.bfloat16)
-    return fits and cpu_library() is not None
+    """Where it is the better choice: packed documents, and bfloat16. For float32, and on tile registers for heads that do not
+    fill them, torch's own kernel is as fast."""
+    library = cpu_library() if q_BHTK.device.type == "cpu" and q_BHTK.dtype in DTYPES else None
+    if library is None or is_packed:
+        return library is not None
+    is_ours = training_attention.applies(q_BHTK) or library.llmctl_isa() != b"amx"
+    return q_BHTK.dtype == torch.bfloat16 and is_ours
 
 
 def causal_attention(
@@ -39,6 +44,8 @@ def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_keys: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(output like q, log of each softmax's denominator float32 [B, H, T])."""
+    if training_attention.applies(q):
+        return training_attention.forward(q, k, v, first_keys)
     out, log_sums = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     for block in _blocks(q, k, first_keys):
         scores = block.queries(q) @ block.keys(k).mT
@@ -65,6 +72,8 @@ def _backward(
     log_sums: torch.Tensor,
     first_keys: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if training_attention.applies(q):
+        return training_attention.backward(grad_out, q, k, v, out, log_sums, first_keys)
     grad_q = torch.empty_like(q)
     grad_k, grad_v = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
     deltas = (grad_out.float() * out.float()).sum(-1, keepdim=True)

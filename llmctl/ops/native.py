@@ -13,7 +13,7 @@ from llmctl.errors import CalledWrongly, UserError
 
 log = logging.getLogger("llmctl")
 
-ABI = 13
+ABI = 14
 CHOICES = ("auto", "cuda", "cpu", "reference")
 HINT = "install the package again with a C++ compiler at hand, or set LLMCTL_KERNELS=auto"
 
@@ -47,6 +47,9 @@ SIGNATURES = {
     "llmctl_cross_entropy": [INT, I32, PTR, I64, I64, PTR, F32, PTR],
     "llmctl_attention_softmax": [INT, I32, PTR, I64, I64, PTR, PTR, I64, F32, PTR],
     "llmctl_attention_softmax_backward": [INT, I32, PTR, PTR, I64, I64, PTR, PTR, I64, F32, PTR, PTR],
+    "llmctl_has_training_attention": [INT, I32, I64],
+    "llmctl_training_attention_forward": [INT, PTR],
+    "llmctl_training_attention_backward": [INT, PTR],
     "llmctl_cuda_rms_norm": [INT, I32, PTR, I64, PTR, F32, F32, PTR, I64, I64, PTR],
     "llmctl_cuda_rotate": [INT, I32, PTR, PTR, PTR, PTR, PTR, PTR, PTR, PTR, I64, PTR],
     "llmctl_cuda_activation": [INT, I32, I32, PTR, PTR, PTR, I64, PTR],
