@@ -234,6 +234,20 @@ def test_held_out_text_is_not_calibrated_on(tmp_path):
         calibration.read(str(tmp_path / "text"), tokenizer, config, 100, 512)
 
 
+def test_calibration_text_is_utf8_but_for_what_the_limit_cuts(tmp_path, monkeypatch):
+    path = tmp_path / "text"
+    path.write_bytes(b"caf\xe9 " * 100)
+    with pytest.raises(UserError, match="not UTF-8: byte 0xe9 at offset 3"):
+        calibration.read(str(path), Tokenizer.bytes(), model_of("llama"), 4, 32)
+    monkeypatch.setattr(calibration, "MOST_BYTES", 1001)
+    path.write_bytes("é".encode() * 600)
+    found = calibration.read(str(path), Tokenizer.bytes(), model_of("llama"), 4, 32)
+    assert found.calibration_BT.shape == (4, 32)
+    path.write_bytes(b"caf\xe9 " * 1000)
+    with pytest.raises(UserError, match="not UTF-8"):
+        calibration.read(str(path), Tokenizer.bytes(), model_of("llama"), 4, 32)
+
+
 def test_a_token_stream_of_another_tokenizer_is_refused(tmp_path, write_tokens, some_texts):
     path = write_tokens(tmp_path / "tokens.arrow", some_texts)
     found = calibration.read(str(path), Tokenizer.bytes(), model_of("llama"), 4, 32)

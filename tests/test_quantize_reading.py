@@ -174,6 +174,12 @@ def test_what_is_truncated_or_damaged_is_named(tmp_path, change, message):
         load_model(packed)
 
 
+def packed_said(group) -> dict:
+    """compressed-tensors' config with one group."""
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized", "sparsity_config": None}
+    return {**said, "config_groups": {"g": group}}
+
+
 @pytest.mark.parametrize(
     "said,message",
     [
@@ -190,9 +196,35 @@ def test_what_is_truncated_or_damaged_is_named(tmp_path, change, message):
             },
             "nvfp4-pack-quantized",
         ),
+        ("int4", "quantization_config is 'int4'; expected an object"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": "all"}, "group_size 'all'; expected a whole number"),
+        (packed_said("x"), "the group 'x'; expected an object"),
+        (packed_said({"targets": None}), "expected an object with targets"),
+        (packed_said({"targets": ["re:["]}), r"the target 're:\['"),
+        (packed_said([]), "expected an object"),
     ],
 )
 def test_layouts_that_are_unknown_are_named(tmp_path, said, message):
     _, packed = write(tmp_path, lambda i, o: gptq_tensors(4, 32, "gptq", False, i, o), said)
     with pytest.raises(UserError, match=message):
         load_model(packed)
+
+
+@pytest.mark.parametrize("ending", ["weight.nested_absmax", "weight.nested_quant_map"])
+def test_scales_of_scales_that_are_cut_are_named(tmp_path, ending):
+    plain, _ = write(tmp_path, lambda i, o: gptq_tensors(4, 32, "gptq", False, i, o), gptq_said())
+    quantize(plain, tmp_path / "nf4", QuantizeSettings(format="nf4"))
+    edit(tmp_path / "nf4", lambda tensors: cut(tensors, ending))
+    with pytest.raises(UserError, match=f"{ending} has shape"):
+        load_model(tmp_path / "nf4")
+
+
+@pytest.mark.parametrize("key,value", [("num_bits", "4"), ("num_bits", None), ("group_size", "all")])
+def test_numbers_that_are_none_are_named(tmp_path, key, value):
+    plain, _ = write(tmp_path, lambda i, o: gptq_tensors(4, 32, "gptq", False, i, o), gptq_said())
+    quantize(plain, tmp_path / "int4", QuantizeSettings(format="int4", tolerance=9))
+    config = json.loads((tmp_path / "int4" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"][key] = value
+    (tmp_path / "int4" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=key):
+        load_model(tmp_path / "int4")

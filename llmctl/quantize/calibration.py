@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import sys
 from dataclasses import dataclass
@@ -71,9 +72,19 @@ def _ids(path: str, tokenizer: Tokenizer, wanted: int) -> torch.Tensor:
         if source.peek(1)[:1] == STREAM_START:
             return _of_stream(source, name, tokenizer, wanted)
         text = source.read(MOST_BYTES)
+    return torch.tensor(tokenizer.encode(_decoded(text, name)), dtype=torch.long)
+
+
+def _decoded(text: bytes, name: str) -> str:
     # A character that the limit cut in two must not spoil the rest.
-    ids = tokenizer.encode(text.decode("utf-8", "ignore" if len(text) == MOST_BYTES else "strict"))
-    return torch.tensor(ids, dtype=torch.long)
+    is_whole = len(text) < MOST_BYTES
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(text, is_whole)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}: not UTF-8: byte {text[error.start]:#04x} at offset {error.start}",
+            hint="calibration takes text or a token stream; llmctl tokenize reads other files",
+        ) from error
 
 
 def _open(path: str):

@@ -28,6 +28,10 @@ Layout = CompressedTensors | BitsAndBytes | GptqFiles | AwqFiles
 
 def find(said: Mapping, files: TensorFiles) -> Layout:
     """The layout that a `quantization_config` names. Raises UserError for one that llmctl cannot read."""
+    if not isinstance(said, Mapping):
+        raise UserError(
+            f"{files.path}: config.json's quantization_config is {said!r}; expected an object with quant_method"
+        )
     method = said.get("quant_method")
     if method is None and (said.get("load_in_4bit") or said.get("load_in_8bit")):
         method = "bitsandbytes"

@@ -22,8 +22,12 @@ class AwqFiles:
     """Reads such files."""
 
     def __init__(self, said: Mapping, files: TensorFiles):
-        self._files, self._size = files, said.get("group_size") or said.get("q_group_size") or -1
-        bits, version = said.get("bits") or said.get("w_bit"), str(said.get("version", "gemm")).lower()
+        sizes, widths = (
+            [parts.number(files, said, key) for key in keys]
+            for keys in (("group_size", "q_group_size"), ("bits", "w_bit"))
+        )
+        self._files, self._size = files, sizes[0] or sizes[1] or -1
+        bits, version = widths[0] or widths[1], str(said.get("version", "gemm")).lower()
         if bits != 4 or version != "gemm":
             raise UserError(
                 f"{files.path}: AWQ with {bits} bits in the version {version!r}; llmctl reads 4 bits in gemm",

@@ -73,7 +73,10 @@ class BitsAndBytes:
                 hint="the checkpoint is truncated",
             )
         if "nested_blocksize" in state:
-            nested, code = (parts.tensor(self._files, module, ending).float() for ending in _NESTED)
+            sizes = (-(-n_blocks // state["nested_blocksize"]), 256)
+            nested, code = (
+                parts.tensor(self._files, module, *each).float() for each in zip(_NESTED, ((n,) for n in sizes))
+            )
             outer_B = nested.repeat_interleave(state["nested_blocksize"])[:n_blocks]
             scales_B = code[scales_B.int()] * outer_B + state["nested_offset"]
         table_16 = parts.tensor(self._files, module, "weight.quant_map", (16,)).float()
@@ -85,7 +88,10 @@ class BitsAndBytes:
         try:
             state = json.loads(bytes(parts.tensor(self._files, module, ending).tolist()))
             n_out, n_in = state["shape"]
-            return {**state, "shape": (int(n_out), int(n_in)), "blocksize": int(state["blocksize"])}
+            sizes = {key: int(state[key]) for key in ("blocksize", "nested_blocksize") if key in state}
+            if any(size < 1 for size in sizes.values()):
+                raise ValueError(sizes)
+            return {**state, **sizes, "shape": (int(n_out), int(n_in))}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self._files.path}: {module}.{ending} is no description of 4-bit weights") from error
 

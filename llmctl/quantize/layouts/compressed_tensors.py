@@ -29,7 +29,7 @@ class CompressedTensors:
     """Reads such files; activations are never quantized here, whatever the config says of them."""
 
     def __init__(self, said: Mapping, files: TensorFiles):
-        self._files, self._groups = files, list((said.get("config_groups") or {}).values())
+        self._files, self._groups = files, _groups(said, files)
         for group in self._groups:
             kind = group.get("format") or said.get("format")
             if kind not in (PACKED, "dense", *ONE_BYTE):
@@ -37,7 +37,7 @@ class CompressedTensors:
                     f"{files.path}: compressed-tensors of format {kind!r}; llmctl reads {PACKED}, {', '.join(ONE_BYTE)}",
                     hint="vllm runs the others on a GPU that has them",
                 )
-        if said.get("sparsity_config", {}).get("format", "dense") != "dense":
+        if (said.get("sparsity_config") or {}).get("format", "dense") != "dense":
             raise UserError(f"{files.path}: sparse compressed-tensors; llmctl reads dense ones")
         self._modules = parts.modules_with(files, "weight_scale", (*_ENDINGS, *_UNUSED))
 
@@ -47,7 +47,7 @@ class CompressedTensors:
     def shape(self, module: str) -> tuple[int, int]:
         if "weight_packed" not in self._modules[module]:
             return self._files.shape(f"{module}.weight")
-        n_out, n_in = parts.tensor(self._files, module, "weight_shape", (2,)).tolist()
+        n_out, n_in = parts.tensor(self._files, module, "weight_shape", (2,), (torch.int64, torch.int32)).tolist()
         if self._files.shape(f"{module}.weight_packed")[:1] != (n_out,) or n_in < 1:
             raise UserError(f"{self._files.path}: {module}.weight_packed does not have the rows of {[n_out, n_in]}")
         return n_out, n_in
@@ -57,7 +57,7 @@ class CompressedTensors:
         if "weight_packed" not in self._modules[module]:
             return self._of_bytes(module, args)
         n_out, n_in = self.shape(module)
-        bits = int(args["num_bits"])
+        bits = args["num_bits"]
         shape = (n_out, words.words_for(n_in, bits))
         packed_NW = parts.tensor(self._files, module, "weight_packed", shape, (torch.int32,))
         codes_NK = words.unpack(packed_NW, bits, n_in)
@@ -86,7 +86,7 @@ class CompressedTensors:
 
     def _scales(self, module: str, args: Mapping, n_out: int, n_in: int) -> tuple[torch.Tensor, int]:
         """[N, J], and how many weights share one."""
-        size = args.get("group_size") or -1
+        size = parts.number(self._files, args, "group_size") or -1
         size = size if size > 0 else n_in
         scales = parts.tensor(self._files, module, "weight_scale", dtypes=_FLOATS)
         if scales.numel() == 1:
@@ -111,9 +111,26 @@ class CompressedTensors:
         if not fitting:
             raise UserError(f"{self._files.path}: quantization_config says nothing of {module}, which is quantized")
         weights = max(fitting, key=lambda pair: pair[0])[1].get("weights")
-        if not isinstance(weights, Mapping) or not 1 <= int(weights.get("num_bits", 0)) <= 8:
+        if not isinstance(weights, Mapping) or not 1 <= (parts.number(self._files, weights, "num_bits") or 0) <= 8:
             raise UserError(f"{self._files.path}: quantization_config gives {module} the weights {weights!r}")
         return weights
+
+
+def _groups(said: Mapping, files: TensorFiles) -> list[Mapping]:
+    """The groups of a config. Raises UserError for what is none."""
+    groups = said.get("config_groups") or {}
+    for group in groups.values() if isinstance(groups, Mapping) else [groups]:
+        targets = group.get("targets", []) if isinstance(group, Mapping) else None
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise UserError(
+                f"{files.path}: quantization_config has the group {group!r}; expected an object with targets"
+            )
+        for target in (target for target in targets if target.startswith("re:")):
+            try:
+                re.compile(target[3:])
+            except re.error as error:
+                raise UserError(f"{files.path}: quantization_config has the target {target!r}: {error}") from error
+    return list(groups.values())
 
 
 def _fits(targets: Sequence[str], module: str) -> int:

@@ -24,8 +24,8 @@ class GptqFiles:
     """Reads such files."""
 
     def __init__(self, said: Mapping, files: TensorFiles):
-        self._files, self._bits = files, said.get("bits")
-        self._size = said.get("group_size") or -1
+        self._files, self._bits = files, parts.number(files, said, "bits")
+        self._size = parts.number(files, said, "group_size") or -1
         kind = said.get("checkpoint_format") or "gptq"
         if self._bits not in BITS or kind not in ("gptq", "gptq_v2"):
             raise UserError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -43,6 +43,14 @@ def tensor(
         seen = str(found.dtype).removeprefix("torch.")
         raise UserError(f"{files.path}: {name} has dtype {seen}; the layout says {names}")
     return found
+
+
+def number(files: TensorFiles, said: Mapping, key: str) -> int | None:
+    """A whole number of `quantization_config`; None where it has none. Raises UserError for anything else."""
+    value = said.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise UserError(f"{files.path}: quantization_config says {key} {value!r}; expected a whole number")
+    return value
 
 
 def is_finite(files: TensorFiles, name: str, values: torch.Tensor) -> torch.Tensor:
