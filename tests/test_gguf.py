@@ -32,7 +32,11 @@ from llmctl.export.c.export import export as export_c  # noqa: E402
 from llmctl.export.c.settings import ExportCSettings  # noqa: E402
 from llmctl.export.gguf.export import export  # noqa: E402
 from llmctl.export.gguf.settings import ExportGgufSettings  # noqa: E402
+from llmctl.finetune.adapter import attach, save  # noqa: E402
 from llmctl.finetune.assembly import Assembly  # noqa: E402
+from llmctl.finetune.merge import merge  # noqa: E402
+from llmctl.finetune.merge_settings import MergeSettings  # noqa: E402
+from llmctl.finetune.methods import Lora  # noqa: E402
 from llmctl.generation.session import Session  # noqa: E402
 from llmctl.generation.settings import Sampling  # noqa: E402
 from llmctl.gguf import k_quants, vocabulary  # noqa: E402
@@ -448,6 +452,30 @@ def test_adapters_know_their_file(checkpoint, tmp_path):
         Assembly.find(other, [str(adapter)])
     moved = base.rename(tmp_path / "moved.gguf")
     assert Assembly.find(moved, [str(adapter)]).base == moved
+
+
+def test_a_file_is_a_base_like_any_other(checkpoint, tmp_path):
+    """Merged, quantized and exported, with and without an adapter, it gives what its checkpoint gives."""
+    base, file, adapter = checkpoint("qwen2"), tmp_path / "base.gguf", tmp_path / "adapter"
+    export(base, file, ExportGgufSettings(type="f32"))
+    model, ids = load_model(base), checks.token_ids(200, 2, 12)
+    method = Lora(rank=3, targets=("q_proj", "down_proj"))
+    attach(model, method)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapter.mkdir()
+    save(model, method, adapter, str(file))
+    with torch.no_grad():
+        expected = model(ids)
+    merge(file, [adapter], tmp_path / "merged", MergeSettings())
+    with torch.no_grad():
+        assert (load_model(tmp_path / "merged")(ids) - expected).abs().max() < 1e-4
+    assert Tokenizer.load(tmp_path / "merged").encode(TEXTS[0]) == Tokenizer.load(base).encode(TEXTS[0])
+    for name, path in (("of-file", file), ("of-directory", base)):
+        quantize(path, tmp_path / name, QuantizeSettings(method="rtn", tolerance=20.0))
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path / "of-file")(ids), load_model(tmp_path / "of-directory")(ids))
 
 
 def test_tensors_that_the_config_lacks_are_named_first(checkpoint, monkeypatch, tmp_path):

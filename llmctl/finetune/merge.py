@@ -7,7 +7,6 @@ size of the model; the result is compared with base and adapters before it takes
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from llmctl import agreement, allocator, checkpoint, files, lineage
+from llmctl import agreement, allocator, checkpoint, companions, files, lineage
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune import adapter, merge_check
 from llmctl.finetune.assembly import refuse_other_base
@@ -189,13 +188,9 @@ def _weights(settings: MergeSettings, count: int) -> list[float]:
 
 def _copy_companions(base: Path, adapters: Sequence[Path], output: Path, untied: bool) -> None:
     """Config, tokenizer and the rest; what an adapter brings of its own (a chat template) comes before the base's."""
-    own = {"adapter_config.json", "llmctl.json"}
-    for source in (base, *adapters):
-        for path in sorted(source.iterdir()):
-            is_weights = ".safetensors" in path.name or path.suffix in checkpoint.PICKLE_SUFFIXES
-            if path.is_file() and not is_weights and path.name not in own and path.suffix != ".md":
-                if source == base or path.name != "config.json":
-                    shutil.copyfile(path, output / path.name)
+    companions.copy(base, output)
+    for adapter_ in adapters:
+        companions.copy(adapter_, output, leave=("config.json",))
     config = files.read_json(output / "config.json")
     is_quantized = config.pop(CONFIG_KEY, None) is not None  # what was merged into it is not
     if untied or is_quantized:

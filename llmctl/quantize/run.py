@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmctl import agreement, allocator, checkpoint, files, lineage
+from llmctl import agreement, allocator, checkpoint, companions, files, lineage
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.models.loading import new_empty, stored_config
 from llmctl.models.streaming import StreamedModel
@@ -72,8 +71,8 @@ def quantize(
         checkpoint.save_tensors(directory, tensors)
         if job.spool is not None:
             job.spool.remove()
-        _copy_companions(job.path, directory)
-        _write_config(job.path, directory, said, job.dtype if settings.format not in PLAIN else _plain(settings))
+        companions.copy(job.path, directory)
+        _write_config(directory, said, job.dtype if settings.format not in PLAIN else _plain(settings))
         found = comparison.compare(StreamedModel(job.path), StreamedModel(directory), job.rows.held_out_BT)
         agreement.require(found, tolerance(settings))
         sizes = _sizes(job.path, directory)
@@ -219,21 +218,8 @@ def _sizes(before: Path, after: Path) -> tuple[int, int]:
     return totals[0], totals[1]
 
 
-def _copy_companions(source: Path, output: Path) -> None:
-    """Tokenizer, generation config, chat template and whatever else lies beside the weights."""
-    for path in sorted(source.iterdir()):
-        is_weights = ".safetensors" in path.name or path.suffix in checkpoint.PICKLE_SUFFIXES
-        if (
-            path.is_file()
-            and not is_weights
-            and path.name not in ("config.json", lineage.FILE_NAME)
-            and path.suffix != ".md"
-        ):
-            shutil.copyfile(path, output / path.name)
-
-
-def _write_config(source: Path, output: Path, said: dict | None, dtype: torch.dtype) -> None:
-    hf = files.read_json(source / "config.json")
+def _write_config(output: Path, said: dict | None, dtype: torch.dtype) -> None:
+    hf = files.read_json(output / "config.json")
     hf.pop(CONFIG_KEY, None)
     name = str(dtype).removeprefix("torch.")
     hf |= {"torch_dtype": name, "dtype": name}
