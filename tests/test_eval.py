@@ -14,7 +14,7 @@ from llmctl.evaluate import comparison, perplexity, report, results, summary, ta
 from llmctl.evaluate.batches import plan
 from llmctl.evaluate.encoding import PairEncoder
 from llmctl.evaluate.judge import LanguageModelJudge, greedy
-from llmctl.evaluate.likelihood import Fork, LikelihoodScorer
+from llmctl.evaluate.likelihood import Fork, LikelihoodScorer, _rate
 from llmctl.evaluate.run import Evaluation
 from llmctl.evaluate.settings import EvalSettings
 from llmctl.generation.complete import complete, prepare
@@ -129,6 +129,14 @@ def test_likelihoods_are_those_of_each_text_run_alone(checkpoint, name):
             assert likelihood.n_tokens == len(ids)
 
 
+def test_of_equal_logits_the_first_is_the_likeliest():
+    logits_NV = torch.tensor([[1.0, 3.0, 3.0, 0.0]] * 3 + [[5.0, 1.0, 2.0, 5.0]])
+    targets_N = torch.tensor([1, 2, 0, 0])
+    expected = logits_NV.log_softmax(-1)[torch.arange(4), targets_N]
+    logprobs_N, hits_N = _rate(logits_NV.clone(), targets_N)
+    assert hits_N.tolist() == [True, False, False, True] and logprobs_N.tolist() == pytest.approx(expected.tolist())
+
+
 def test_an_encoder_reads_the_context_and_its_decoder_the_continuation(checkpoint):
     model, forks = Session.open(checkpoint("t5")).model, some_forks()
     scores = dict(LikelihoodScorer(model, 0, 8).score(forks))
@@ -140,9 +148,13 @@ def test_an_encoder_reads_the_context_and_its_decoder_the_continuation(checkpoin
             assert likelihood.logprob == pytest.approx(expected, abs=2e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
-def test_likelihoods_do_not_depend_on_the_batch_size(checkpoint, name):
-    model, forks = Session.open(checkpoint(name)).model, some_forks()
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in ("llama", "gpt2", "mistral")), ("llama", torch.bfloat16)]
+)
+def test_likelihoods_do_not_depend_on_the_batch_size(checkpoint, name, dtype):
+    model, forks = Session.open(checkpoint(name), dtype).model, some_forks()
+    draw = random.Random(1)
+    forks += [Fork((7,), [tuple(draw.choices(range(256), k=draw.randint(1, 100)))]) for _ in range(20)]
     once = scored(model, forks, 32)
     assert all(scored(model, forks, batch_size) == once for batch_size in (1, 3, 7))
 

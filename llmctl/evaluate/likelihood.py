@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from llmctl.evaluate.batches import Batch, affordable, plan
+from llmctl.evaluate.batches import affordable, plan
 from llmctl.evaluate.shared_prefix import SharedPrefix
 from llmctl.models.cache import Cache
 from llmctl.models.causal_lm import CausalLM
 from llmctl.models.rope_scaling import heeds_length
+from llmctl.ops.cross_entropy import cross_entropy_
+from llmctl.ops.dispatch import cpu_library
 
 _LOGITS = 1 << 24  # so many at a time: 64 MiB in float32
+_TOKENS = 4096  # of texts that are run whole, at a time
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,32 @@ class LikelihoodScorer:
         contexts = [fork.context for fork in forks]
         lengths = [len(fork.context) + max(map(len, fork.continuations)) for fork in forks]
         for batch in plan(contexts, self.batch_size, self._shared.is_possible, lengths):
-            yield from zip(batch.numbers, self._run(batch, [forks[number] for number in batch.numbers]), strict=True)
+            alone = [] if batch.shared else [number for number in batch.numbers if self._is_one_text(forks[number])]
+            rest = [number for number in batch.numbers if number not in alone]
+            for numbers in _together(alone, lengths):
+                yield from zip(numbers, self._run_texts([forks[number] for number in numbers]), strict=True)
+            if rest:
+                yield from zip(rest, self._run(batch.shared, [forks[number] for number in rest]), strict=True)
+
+    def _is_one_text(self, fork: Fork) -> bool:
+        """Whether a fork is run without a cache: nothing else follows its context, in a model that only looks back."""
+        return self._shared.is_possible and len(fork.continuations) == 1
+
+    @torch.inference_mode()
+    def _run_texts(self, forks: list[Fork]) -> list[list[Likelihood]]:
+        """Contexts with their only continuations, each read in one go; padding stands behind, where no real token sees it."""
+        inputs = [[*fork.context, *fork.continuations[0][:-1]] for fork in forks]
+        longest = max(map(len, inputs))
+        inputs_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in inputs], device=self.model.device)
+        hidden_BTD = self.model.hidden(inputs_BT)
+        hidden_ND = torch.cat(
+            [hidden_TD[len(fork.context) - 1 : len(ids)] for hidden_TD, fork, ids in zip(hidden_BTD, forks, inputs)]
+        )
+        targets = [fork.continuations[0] for fork in forks]
+        return [
+            [Likelihood(logprob, is_greedy, len(ids))]
+            for (logprob, is_greedy), ids in zip(self._rated(hidden_ND, targets), targets, strict=True)
+        ]
 
     @torch.inference_mode()
     def _run_whole(self, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:
@@ -70,8 +98,8 @@ class LikelihoodScorer:
         return Likelihood(float(logprobs_N.double().sum()), is_greedy, len(continuation))
 
     @torch.inference_mode()
-    def _run(self, batch: Batch, forks: list[Fork]) -> list[list[Likelihood]]:
-        cache, logits_BV = self._read_contexts(batch.shared, forks)
+    def _run(self, shared: Sequence[int], forks: list[Fork]) -> list[list[Likelihood]]:
+        cache, logits_BV = self._read_contexts(shared, forks)
         pairs = [(row, ids) for row, fork in enumerate(forks) for ids in fork.continuations]
         rows = torch.tensor([row for row, _ in pairs], device=logits_BV.device)
         firsts = torch.tensor([ids[0] for _, ids in pairs], device=logits_BV.device)
@@ -108,22 +136,45 @@ class LikelihoodScorer:
         hidden_BTD = self.model.hidden(inputs_BT, cache=cache.branch(rows))
         counts = [len(ids) - 1 for _, ids in pairs]
         is_real_BT = torch.arange(length, device=device) < torch.tensor(counts, device=device)[:, None]
-        targets_N = torch.tensor([token for _, ids in pairs for token in ids[1:]], device=device)
-        logprobs_N, hits_N = self._rate(hidden_BTD[is_real_BT], targets_N)
+        return self._rated(hidden_BTD[is_real_BT], [ids[1:] for _, ids in pairs])
+
+    def _rated(self, hidden_ND: torch.Tensor, targets: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
+        """Of each text the sum of its tokens' log-probabilities, and whether all are the likeliest; hidden states are in order."""
+        targets_N = torch.tensor([token for ids in targets for token in ids], device=hidden_ND.device)
+        step = max(1, _LOGITS // self.model.config.vocab_size)
+        parts = [
+            _rate(self.model.logits(hidden[None])[0], wanted)
+            for hidden, wanted in zip(hidden_ND.split(step), targets_N.split(step), strict=True)
+        ]
+        logprobs_N, hits_N = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
+        counts = [len(ids) for ids in targets]
         return [
             (float(logprobs.double().sum()), bool(hits.all()))
             for logprobs, hits in zip(logprobs_N.split(counts), hits_N.split(counts), strict=True)
         ]
 
-    def _rate(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Float32 log-probabilities [N] of the targets on the CPU, and whether each is the likeliest token."""
-        step = max(1, _LOGITS // self.model.config.vocab_size)
-        found = []
-        for hidden, targets in zip(hidden_ND.split(step), targets_N.split(step), strict=True):
-            logits_NV = self.model.logits(hidden[None])[0].float()
-            found.append((_logprobs(logits_NV).gather(1, targets[:, None])[:, 0], logits_NV.argmax(1) == targets))
-        logprobs, hits = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-        return logprobs, hits
+
+def _together(numbers: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Texts of so many tokens as stay in a processor's cache from one matrix product to the next."""
+    taken: list[int] = []
+    for number in numbers:
+        if taken and (len(taken) + 1) * max(lengths[each] for each in (*taken, number)) > _TOKENS:
+            yield taken
+            taken = []
+        taken.append(number)
+    if taken:
+        yield taken
+
+
+def _rate(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 log-probabilities [N] of the targets, and whether each is the likeliest token; the logits may be overwritten."""
+    wanted_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
+    hits_N = wanted_N >= logits_NV.amax(1)
+    # Of equal logits the first is the likeliest. To find the largest alone is ten times as fast, and mostly enough.
+    hits_N[hits_N.clone()] = logits_NV[hits_N].argmax(1) == targets_N[hits_N]
+    if logits_NV.device.type == "cpu" and cpu_library() is not None:
+        return -cross_entropy_(logits_NV, targets_N), hits_N
+    return _logprobs(logits_NV.float()).gather(1, targets_N[:, None])[:, 0], hits_N
 
 
 def _logprobs(logits_NV: torch.Tensor) -> torch.Tensor:
