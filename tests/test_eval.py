@@ -368,6 +368,29 @@ def test_paired_significance(tmp_path):
     assert same.mcnemar_p == 1 and same.bootstrap_p == 1 and same.difference == 0
 
 
+def test_texts_are_compared_with_themselves_alone(tmp_path):
+    run = {"kind": "run", "task": "perplexity", "task_kind": "perplexity", "metrics": [], "model": "m"}
+    for name, cuts, tokens in (("a", (80, 60), 20), ("b", (80, 60), 40), ("c", (70, 70), 20)):
+        items = [
+            {"kind": "item", "task": "perplexity", "id": i, "nats": 8.0 * n, "tokens": tokens, "bytes": n, "scores": {}}
+            for i, n in enumerate(cuts)
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(each) + "\n" for each in [run, *items]))
+    (found,) = comparison.compare(tmp_path / "a", tmp_path / "b")
+    assert found.metric == "bits_per_byte" and found.difference == 0 and found.first == pytest.approx(8 / np.log(2))
+    with pytest.raises(UserError, match="item 0 is a text of 80 bytes in the one and of 70 in the other"):
+        comparison.compare(tmp_path / "a", tmp_path / "c")
+
+
+def test_models_of_one_name_are_columns_of_their_own(tmp_path):
+    for name, right in (("a", 1.0), ("b", 0.0)):
+        run = {"task": "t", "task_kind": "multiple_choice", "metrics": ["acc"], "model": f"runs/{name}/step-9"}
+        lines = [{"kind": "run", **run}, {"kind": "item", "task": "t", "id": 0, "scores": {"acc": right}}]
+        (tmp_path / name).write_text("".join(json.dumps(each) + "\n" for each in lines))
+    report.write(str(tmp_path / "both.md"), [str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "1.0000 (1) | 0.0000 (1) |" in (tmp_path / "both.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("line", "missing"),
     [({"kind": "run"}, "task"), ({"kind": "run", "task": "t"}, "task_kind"), ({"kind": "item"}, "task")],

@@ -69,8 +69,16 @@ def _refuse_other_questions(first: Section, second: Section, *paths: str) -> Non
 
 
 def _compare_task(task: str, first: Section, second: Section, seed: int) -> list[Compared]:
-    ours, theirs = ({each["id"]: _scores(each) for each in results.items(part)} for part in (first, second))
+    ours, theirs = ({each["id"]: each for each in results.items(part)} for part in (first, second))
     shared = sorted(ours.keys() & theirs.keys())
+    for number in shared:
+        sizes = [each[number].get("bytes") for each in (ours, theirs)]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"{task}: item {number} is a text of {sizes[0]} bytes in the one and of {sizes[1]} in the other",
+                hint="texts in many windows are cut by --window, --stride and the tokenizer, which must be the same",
+            )
+    ours, theirs = ({number: _scores(each[number]) for number in shared} for each in (ours, theirs))
     metrics = [name for name in ours[shared[0]] if name in theirs[shared[0]]] if shared else []
     found = []
     for metric in metrics:
@@ -80,9 +88,9 @@ def _compare_task(task: str, first: Section, second: Section, seed: int) -> list
 
 
 def _scores(record: dict[str, Any]) -> dict[str, float]:
-    """Of a text its nats per token stand for a score."""
+    """Of a text its bits per byte stand for a score: tokens are not alike in all models."""
     if "nats" in record:
-        return {"nats_per_token": record["nats"] / max(record["tokens"], 1)}
+        return {"bits_per_byte": record["nats"] / math.log(2) / max(record["bytes"] or record["tokens"], 1)}
     return record["scores"]
 
 

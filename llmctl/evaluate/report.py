@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +49,19 @@ def write(path: str, files: Sequence[str], overwrite: bool = False) -> None:
 
 
 def _parts(files: Sequence[str]) -> Iterator[Part]:
-    for file in files:
-        for section in results.read(file):
-            run = section.run
-            size = run.get("parameters")
-            name = Path(run["model"]).name + (f" ({format_count(size)})" if size else "")
-            numbers = summarize(section.task, run["task_kind"], run["metrics"], section.records)
-            yield Part(name, section, numbers)
+    sections = [(file, section) for file in files for section in results.read(file)]
+    counts = Counter((_name(section), section.task) for _, section in sections)
+    # Two runs of one name, such as checkpoints of the same step, are told apart by their files.
+    alike = {name for (name, _), count in counts.items() if count > 1}
+    for file, section in sections:
+        name = _name(section)
+        numbers = summarize(section.task, section.run["task_kind"], section.run["metrics"], section.records)
+        yield Part(f"{name}, {file}" if name in alike else name, section, numbers)
+
+
+def _name(section: Section) -> str:
+    size = section.run.get("parameters")
+    return Path(section.run["model"]).name + (f" ({format_count(size)})" if size else "")
 
 
 def _rows(parts: Sequence[Part]) -> Iterator[tuple[list[str], dict[str, Number]]]:
