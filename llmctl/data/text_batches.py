@@ -20,13 +20,17 @@ _BATCHES_SORTED = 64
 
 @dataclass
 class TextBatches:
-    """`encode` maps a text to its ids; texts of more than `max_tokens` are an error, or cut in front of what ends them."""
+    """`encode` maps a text to its ids; texts of more than `max_tokens` are an error, or cut in front of what ends them.
+
+    `n_cut` counts those that were cut.
+    """
 
     tokenizer: Tokenizer
     encode: Callable[[str], list[int]]
     max_tokens: int | None
     batch_size: int
     on_long: Literal["error", "truncate"] = "error"
+    n_cut: int = 0
 
     def results(
         self, rows: Iterable[TextRow], run: Callable[[list[list[int]]], Sequence[Result]]
@@ -60,5 +64,6 @@ class TextBatches:
                 f"{row.name}: {len(ids)} tokens, the model's context is {self.max_tokens}",
                 hint="--on-long truncate cuts such texts",
             )
+        self.n_cut += 1
         n_behind = len(self.tokenizer.text_edges[1])
         return ids[: self.max_tokens - n_behind] + ids[len(ids) - n_behind :]

@@ -53,6 +53,11 @@ class Embedder:
     def width(self) -> int:
         return self.model.config.d_model
 
+    @property
+    def n_cut(self) -> int:
+        """How many texts so far were cut to what the model reads."""
+        return self._batches.n_cut
+
     def embed(self, rows: Iterable[TextRow]) -> Iterator[tuple[TextRow, np.ndarray]]:
         """Each row and its vector, in the order of the rows. Raises UserError for a text that does not fit."""
         return self._batches.results(rows, self._vectors)

@@ -38,10 +38,11 @@ def text_files(directory: Path) -> Iterator[Path]:
 
 
 def read_text(path: Path) -> str | None:
-    """None for what is no text in UTF-8, or too large to be one that a person wrote."""
-    if path.stat().st_size > MAX_FILE_BYTES:
+    """None for what is no text in UTF-8, cannot be read, or is too large to be one that a person wrote."""
+    try:
+        content = path.read_bytes() if path.stat().st_size <= MAX_FILE_BYTES else b"\0"
+    except OSError:  # gone meanwhile, or not ours to read
         return None
-    content = path.read_bytes()
     try:
         return None if b"\0" in content else content.decode()
     except UnicodeDecodeError:
@@ -62,7 +63,8 @@ def split(path: str, text: str, characters: int = PASSAGE_CHARACTERS) -> list[Pa
             passages.append(Passage(path, first + blank, last, body))
         lines, size = [], 0
 
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # as editors count
+        line = line.removesuffix("\r")
         is_break = not line.strip() or line.startswith("#")
         if lines and (size + len(line) > characters or (is_break and size > characters // 2)):
             close(number - 1)

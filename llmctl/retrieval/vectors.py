@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,8 @@ from llmctl.embedding.embedder import Embedder
 from llmctl.embedding.settings import EmbedSettings
 from llmctl.errors import UserError
 from llmctl.lineage import weights_sha256
+
+log = logging.getLogger("llmctl")
 
 
 @functools.lru_cache(maxsize=8)
@@ -31,10 +34,16 @@ class Vectorizer:
         self._embedder = Embedder.open(path, EmbedSettings(normalize=True, on_long="truncate"))
 
     def vectors(self, texts: Sequence[str], report: Callable[[int], None] = lambda n: None) -> np.ndarray:
-        """float32 [N, D]."""
+        """float32 [N, D]. What the model does not read of them is said."""
+        before = self._embedder.n_cut
         rows = [TextRow(text, f"passage {number}", {}) for number, text in enumerate(texts, 1)]
         vectors_ND = np.zeros((len(rows), self._embedder.width), np.float32)
         for place, (_, vector) in enumerate(self._embedder.embed(rows)):
             vectors_ND[place] = vector
             report(place + 1)
+        if n_cut := self._embedder.n_cut - before:
+            log.warning(
+                "%d of %d texts are longer than the embedding model reads; their ends are not in their vectors"
+                " (llmctl index --passage-length makes shorter passages)", n_cut, len(rows),
+            )  # fmt: skip
         return vectors_ND
