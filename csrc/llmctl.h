@@ -157,10 +157,20 @@ enum {
 };
 LLMCTL_API int llmctl_activation(int32_t dtype, int32_t kind, const void* x, const void* up, void* out, int64_t n);
 
+/* Of y = activation(x) * up the gradients of x and up, from that of y; each rounded once. */
+LLMCTL_API int llmctl_gated_gradient(int32_t dtype, int32_t kind, const void* grad, const void* x, const void* up,
+                                     void* grad_x, void* grad_up, int64_t n);
+
 /* out = x / sqrt(mean(x^2) + eps) * (offset + weight) for each row of x [n_rows, n_columns]; weight [n_columns], or null
  * for none. out is contiguous and may be x where that is. */
 LLMCTL_API int llmctl_rms_norm(int32_t dtype, const void* x, int64_t x_stride, const void* weight, float offset,
                                float eps, void* out, int64_t n_rows, int64_t n_columns);
+
+/* Its gradient, for grad, x and grad_x contiguous. Each LLMCTL_ROWS_PER_SUM rows write a row of weight_sums float32 (null: not
+ * wanted), the sum of which over all of them is the gradient of the weight. */
+#define LLMCTL_ROWS_PER_SUM 32
+LLMCTL_API int llmctl_rms_norm_gradient(int32_t dtype, const void* grad, const void* x, const void* weight, float offset,
+                                        float eps, void* grad_x, float* weight_sums, int64_t n_rows, int64_t n_columns);
 
 /* out = (x - mean) / sqrt(variance + eps) * weight + bias for each row, of the same shapes; bias may be null. */
 LLMCTL_API int llmctl_layer_norm(int32_t dtype, const void* x, int64_t x_stride, const void* weight, const void* bias,

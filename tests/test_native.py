@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.ops import bpe, cached_attention, decode_step, native, quantized_linear, sampling, training_attention
+from llmctl.ops import bpe, cached_attention, decode_step, native, norm, quantized_linear, sampling, training_attention
 
 HEADER = Path(__file__).resolve().parent.parent / "csrc" / "llmctl.h"
 C_TYPES = {
@@ -92,6 +92,8 @@ def test_structs_are_the_headers():
         assert struct._fields_ == fields(name), name
     limit = re.search(r"#define LLMCTL_ATTENTION_MAX_HEAD_DIM (\d+)", HEADER.read_text())[1]
     assert int(limit) == cached_attention.MAX_HEAD_DIM
+    rows = re.search(r"#define LLMCTL_ROWS_PER_SUM (\d+)", HEADER.read_text())[1]
+    assert int(rows) == norm.ROWS_PER_SUM
 
 
 def test_constants_are_the_headers():

@@ -64,6 +64,27 @@ def test_gradients_equal_torchs(ours, reference, inputs, kernels, monkeypatch):
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("rows,columns", [(1, 1), (3, 37), (70, 130)])
+def test_gradients_on_every_instruction_set(isa, rows, columns, dtype, tolerance):
+    """Of large values, too, and of rows that no vector fits."""
+    shapes = [(rows, columns)] * 2, [(rows, columns), (columns,)]
+    for (kind, (ours, reference, _)), sizes in zip(
+        [*((kind, CASES[kind]) for kind in activation.KINDS), ("norm", CASES["norm with an offset"])],
+        [shapes[0]] * len(activation.KINDS) + [shapes[1]],
+    ):
+        inputs = [(random(*size, seed=i) * 4).to(dtype) for i, size in enumerate(sizes)]
+        found = [x.clone().requires_grad_() for x in inputs]
+        expected = [x.double().requires_grad_() for x in inputs]
+        y, z = ours(*found), reference(*expected)
+        towards = random(rows, columns, seed=7).to(dtype)
+        y.backward(towards)
+        z.backward(towards.double())
+        for one, other in zip(found, expected):
+            difference = (one.grad.double() - other.grad).norm()
+            assert difference <= tolerance * (other.grad.norm() + 1e-3), kind
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_what_is_frozen_gets_no_gradient(frozen):
     for ours, _, inputs in (CASES["silu"], CASES["norm"]):

@@ -45,6 +45,18 @@ void run_scale(int32_t dtype, void* x, float scale, int64_t n) {
 
 }  // namespace llmctl
 
+int llmctl_gated_gradient(int32_t dtype, int32_t kind, const void* grad, const void* x, const void* up, void* grad_x,
+                          void* grad_up, int64_t n) {
+    using namespace llmctl;
+    return guarded([&] {
+        check_dtype(dtype);
+        if (kind < LLMCTL_SILU || kind > LLMCTL_RELU) throw std::invalid_argument("unknown activation");
+        const auto kernel = dtype == LLMCTL_F32 ? kernels().gated_gradient_f32 : kernels().gated_gradient_bf16;
+        const GatedGradient call{grad, x, up, grad_x, grad_up};
+        for_elements(n, [&](int64_t first, int64_t count) { kernel(kind, call, first, count); });
+    });
+}
+
 int llmctl_activation(int32_t dtype, int32_t kind, const void* x, const void* up, void* out, int64_t n) {
     using namespace llmctl;
     return guarded([&] {

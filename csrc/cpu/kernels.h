@@ -11,6 +11,17 @@ namespace llmctl {
 // Elements [first, first + n) of an activation; up may be null.
 using ActivationKernel = void (*)(int32_t kind, const void* x, const void* up, void* out, int64_t first, int64_t n);
 
+// Gradients of both factors of a gate, from that of its output; all contiguous and of one type.
+struct GatedGradient {
+    const void *grad, *x, *up;
+    void *grad_x, *grad_up;
+};
+using GatedGradientKernel = void (*)(int32_t kind, const GatedGradient&, int64_t first, int64_t n);
+
+// A row's gradient; what it adds to that of the weights is added to weight_sums, if that is not null.
+using RmsNormGradientKernel = void (*)(const void* grad, const void* x, const void* weight, float offset, float eps,
+                                       void* grad_x, float* weight_sums, int64_t n);
+
 using RmsNormKernel = void (*)(const void* x, const void* weight, float offset, float eps, void* out, int64_t n);
 
 using LayerNormKernel = void (*)(const void* x, const void* weight, const void* bias, float eps, void* out, int64_t n);
@@ -30,7 +41,9 @@ struct Kernels {
     AttentionKernels attention_f32, attention_bf16;
     TrainingAttentionKernels training_attention_bf16;
     ActivationKernel activation_f32, activation_bf16;
+    GatedGradientKernel gated_gradient_f32, gated_gradient_bf16;
     RmsNormKernel rms_norm_f32, rms_norm_bf16;
+    RmsNormGradientKernel rms_norm_gradient_f32, rms_norm_gradient_bf16;
     LayerNormKernel layer_norm_f32, layer_norm_bf16;
     AddKernel add_f32, add_bf16;
     ScaleKernel scale_f32, scale_bf16;

@@ -23,8 +23,12 @@ const llmctl::Kernels llmctl::avx2_kernels = {
     {},  // no attention of training
     activation_kernel<Avx2, float>,
     activation_kernel<Avx2, Bf16>,
+    gated_gradient_kernel<Avx2, float>,
+    gated_gradient_kernel<Avx2, Bf16>,
     rms_norm_row<Avx2, float>,
     rms_norm_row<Avx2, Bf16>,
+    rms_norm_gradient_row<Avx2, float>,
+    rms_norm_gradient_row<Avx2, Bf16>,
     layer_norm_row<Avx2, float>,
     layer_norm_row<Avx2, Bf16>,
     add_row<Avx2, float>,

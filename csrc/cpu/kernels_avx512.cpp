@@ -23,8 +23,12 @@ const llmctl::Kernels llmctl::avx512_kernels = {
     {},  // no attention of training
     activation_kernel<Avx512, float>,
     activation_kernel<Avx512, Bf16>,
+    gated_gradient_kernel<Avx512, float>,
+    gated_gradient_kernel<Avx512, Bf16>,
     rms_norm_row<Avx512, float>,
     rms_norm_row<Avx512, Bf16>,
+    rms_norm_gradient_row<Avx512, float>,
+    rms_norm_gradient_row<Avx512, Bf16>,
     layer_norm_row<Avx512, float>,
     layer_norm_row<Avx512, Bf16>,
     add_row<Avx512, float>,

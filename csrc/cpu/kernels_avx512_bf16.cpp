@@ -24,8 +24,12 @@ const llmctl::Kernels llmctl::avx512_bf16_kernels = {
     {},  // no attention of training
     activation_kernel<Avx512Bf16, float>,
     activation_kernel<Avx512Bf16, Bf16>,
+    gated_gradient_kernel<Avx512Bf16, float>,
+    gated_gradient_kernel<Avx512Bf16, Bf16>,
     rms_norm_row<Avx512Bf16, float>,
     rms_norm_row<Avx512Bf16, Bf16>,
+    rms_norm_gradient_row<Avx512Bf16, float>,
+    rms_norm_gradient_row<Avx512Bf16, Bf16>,
     layer_norm_row<Avx512Bf16, float>,
     layer_norm_row<Avx512Bf16, Bf16>,
     add_row<Avx512Bf16, float>,

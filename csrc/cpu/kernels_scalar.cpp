@@ -23,8 +23,12 @@ const llmctl::Kernels llmctl::scalar_kernels = {
     {},  // no attention of training
     activation_kernel<Scalar, float>,
     activation_kernel<Scalar, Bf16>,
+    gated_gradient_kernel<Scalar, float>,
+    gated_gradient_kernel<Scalar, Bf16>,
     rms_norm_row<Scalar, float>,
     rms_norm_row<Scalar, Bf16>,
+    rms_norm_gradient_row<Scalar, float>,
+    rms_norm_gradient_row<Scalar, Bf16>,
     layer_norm_row<Scalar, float>,
     layer_norm_row<Scalar, Bf16>,
     add_row<Scalar, float>,

@@ -30,7 +30,38 @@ void run_norm(int32_t dtype, const llmctl_norm& norm, const void* x, int64_t x_s
     });
 }
 
+namespace {
+
+// Rows whose shares of the weights' gradient are added up one after another: never more threads, never other bits.
+constexpr int64_t rows_per_sum = LLMCTL_ROWS_PER_SUM;
+
+void run_rms_norm_gradient(int32_t dtype, const void* grad, const void* x, const llmctl_norm& norm, void* grad_x,
+                           float* weight_sums, int64_t n_rows, int64_t n_columns) {
+    const bool is_float = dtype == LLMCTL_F32;
+    const auto kernel = is_float ? kernels().rms_norm_gradient_f32 : kernels().rms_norm_gradient_bf16;
+    const int64_t bytes = n_columns * element_size(dtype);
+    parallel_for((n_rows + rows_per_sum - 1) / rows_per_sum, [&](int64_t i) {
+        float* sums = weight_sums ? weight_sums + i * n_columns : nullptr;
+        if (sums) std::fill_n(sums, n_columns, 0.0f);
+        for (int64_t r = i * rows_per_sum; r < std::min((i + 1) * rows_per_sum, n_rows); ++r) {
+            kernel(static_cast<const char*>(grad) + r * bytes, static_cast<const char*>(x) + r * bytes, norm.weight,
+                   norm.offset, norm.eps, static_cast<char*>(grad_x) + r * bytes, sums, n_columns);
+        }
+    });
+}
+
+}  // namespace
 }  // namespace llmctl
+
+int llmctl_rms_norm_gradient(int32_t dtype, const void* grad, const void* x, const void* weight, float offset, float eps,
+                             void* grad_x, float* weight_sums, int64_t n_rows, int64_t n_columns) {
+    using namespace llmctl;
+    return guarded([&] {
+        check_dtype(dtype);
+        const llmctl_norm norm{weight, nullptr, LLMCTL_RMS_NORM, offset, eps};
+        run_rms_norm_gradient(dtype, grad, x, norm, grad_x, weight_sums, n_rows, n_columns);
+    });
+}
 
 int llmctl_rms_norm(int32_t dtype, const void* x, int64_t x_stride, const void* weight, float offset, float eps,
                     void* out, int64_t n_rows, int64_t n_columns) {

@@ -71,9 +71,19 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, up = ctx.saved_tensors
+        if (library := inference_library()) is not None and grad.dtype == x.dtype:
+            return None, *_gradients(library, ctx.kind, grad, x, up)
         grad_up = grad * _IN_TORCH[ctx.kind](x) if ctx.needs_input_grad[2] else None
         grad_x = _GRADIENTS[ctx.kind](grad * up, x) if ctx.needs_input_grad[1] else None
         return None, grad_x, grad_up
+
+
+def _gradients(library, kind, grad, x, up) -> tuple[torch.Tensor, torch.Tensor]:
+    grad, x, up = grad.contiguous(), x.contiguous(), up.contiguous()
+    grad_x, grad_up = torch.empty_like(x), torch.empty_like(up)
+    pointers = (tensor.data_ptr() for tensor in (grad, x, up, grad_x, grad_up))
+    native.call(library, "llmctl_gated_gradient", DTYPES[x.dtype], KINDS.index(kind), *pointers, x.numel())
+    return grad_x, grad_up
 
 
 _GRADIENTS = {

@@ -39,6 +39,8 @@ SIGNATURES = {
     "llmctl_quantized_linear": [INT, I32, PTR, I64, PTR, PTR, PTR, I64, I64, I64, I64],
     "llmctl_attention": [INT, I32, PTR],
     "llmctl_activation": [INT, I32, I32, PTR, PTR, PTR, I64],
+    "llmctl_gated_gradient": [INT, I32, I32, PTR, PTR, PTR, PTR, PTR, I64],
+    "llmctl_rms_norm_gradient": [INT, I32, PTR, PTR, PTR, F32, F32, PTR, PTR, I64, I64],
     "llmctl_rms_norm": [INT, I32, PTR, I64, PTR, F32, F32, PTR, I64, I64],
     "llmctl_layer_norm": [INT, I32, PTR, I64, PTR, PTR, F32, PTR, I64, I64],
     "llmctl_rotate": [INT, I32, PTR, PTR, PTR, PTR, PTR, PTR, PTR, PTR, I64],

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from llmctl.ops import native
 from llmctl.ops.dispatch import DTYPES, cuda_library, cuda_stream, inference_library, is_inference, is_training
 
+ROWS_PER_SUM = 32
+"""LLMCTL_ROWS_PER_SUM of csrc/llmctl.h."""
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension; weight [D], x [..., D] of the same dtype."""
@@ -82,6 +85,8 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
+        if (library := inference_library()) is not None and grad.dtype == x.dtype == weight.dtype:
+            return *_gradients(library, ctx, grad.contiguous(), x.contiguous(), weight.contiguous()), None, None
         long_x, long_grad = x.float(), grad.float()
         scale = torch.rsqrt(long_x.square().mean(-1, keepdim=True).add_(ctx.eps))
         unit = long_x * scale
@@ -89,6 +94,17 @@ class _Norm(torch.autograd.Function):
         through = long_grad * (weight.float() + ctx.offset)
         along = (through * unit).mean(-1, keepdim=True)
         return through.addcmul_(unit, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None, None
+
+
+def _gradients(library, ctx, grad, x, weight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    n = weight.shape[0]
+    n_rows, grad_x, sums = x.numel() // n, torch.empty_like(x), None
+    if ctx.needs_input_grad[1]:
+        sums = torch.empty(-(-n_rows // ROWS_PER_SUM), n)
+    pointers = grad.data_ptr(), x.data_ptr(), weight.data_ptr()
+    to = grad_x.data_ptr(), None if sums is None else sums.data_ptr()
+    native.call(library, "llmctl_rms_norm_gradient", DTYPES[x.dtype], *pointers, ctx.offset, ctx.eps, *to, n_rows, n)
+    return grad_x, None if sums is None else sums.sum(0).to(weight.dtype)
 
 
 @torch.library.custom_op("llmctl::rms_norm", mutates_args=())
