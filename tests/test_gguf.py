@@ -438,6 +438,15 @@ def test_quantized_checkpoints_are_exported(checkpoint, tmp_path):
         assert (ours(text) - again(text)).norm() < 0.05 * again(text).norm()
 
 
+def test_all_tokens_that_end_a_text_are_kept(checkpoint, caplog, tmp_path):
+    shutil.copytree(checkpoint("llama"), tmp_path / "base")
+    for ends in ([5, 0, 9], [5, 0, 9, 11]):
+        (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        export(tmp_path / "base", tmp_path / "m.gguf", ExportGgufSettings(overwrite=True))
+        found = Session.open(tmp_path / "m.gguf").marks.ends
+        assert found == {0, 5, 9} and ("left out: [11]" in caplog.text) == (len(ends) > 3)
+
+
 def test_adapters_know_their_file(checkpoint, tmp_path):
     """An adapter that was trained over a .gguf names it, and is refused over another."""
     for name in ("llama", "qwen2"):

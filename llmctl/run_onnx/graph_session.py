@@ -55,7 +55,7 @@ class GraphSession:
             raise UserError(f"{provider} does not start here", hint="--provider cpu always can")
         self.device = torch.device("cuda" if provider == _SHORT["cuda"] else "cpu")
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        optional = self._session.get_overridable_initializers()
+        optional = [place for place in self._session.get_overridable_initializers() if place.type in _DTYPES]
         self._types = {place.name: _DTYPES[place.type] for place in (*inputs, *outputs, *optional)}
         self.inputs = {place.name: (self._types[place.name][0], place.shape) for place in inputs}
         self.outputs = {place.name: (self._types[place.name][0], place.shape) for place in outputs}

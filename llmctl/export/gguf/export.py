@@ -123,12 +123,14 @@ def _keys(base: Path, config: ModelConfig, settings: ExportGgufSettings) -> dict
 
 
 def _ends(base: Path, config: ModelConfig, tokenizer: Tokenizer) -> dict[str, int]:
-    """The token that ends a text, and one that ends a turn, where the checkpoint names several."""
+    """The token that ends a text, and those that end a turn or a message, where the checkpoint names several."""
     ends = sorted(eos_ids(read_generation_config(base), config.hf, tokenizer.eos_id))
     first = tokenizer.eos_id if tokenizer.eos_id in ends or not ends else ends[0]
-    others = [token for token in ends if token != first]
-    made = {} if first is None else {"tokenizer.ggml.eos_token_id": first}
-    return made | ({"tokenizer.ggml.eot_token_id": others[0]} if others else {})
+    ends = [first, *(token for token in ends if token != first)]
+    roles = ("eos", "eot", "eom")
+    if len(ends) > len(roles):
+        log.warning("GGUF has places for three tokens that end a text; left out: %s", ends[len(roles) :])
+    return {f"tokenizer.ggml.{role}_token_id": token for role, token in zip(roles, ends) if token is not None}
 
 
 def _write(path: Path, architecture: str, keys: dict[str, Any], planned: list[_Tensor]) -> None:
