@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -321,12 +323,14 @@ def test_adapters_are_inputs(name, how, tmp_path):
         expected_of_both = both(ids).logits
     two = open_model(out, "cpu", adapters=list(zip(paths, (0.3, 0.6))))
     assert (two(ids) - expected_of_both).abs().max() < tolerance
+    if name == "llama":
+        _in_onnxruntime(out, ids, expected, tolerance)
     if name == "llama" and not how.get("dtype"):
-        _runs_beside(out, ids, expected)
+        _in_genai(out, ids, expected)
 
 
-def _runs_beside(out, ids, expected):
-    """The file of an adapter, in onnxruntime's hands and in those of onnxruntime-genai."""
+def _in_onnxruntime(out, ids, expected, tolerance):
+    """The file of an adapter beside the graph."""
     import onnxruntime
 
     file = str(out / "adapters" / "first.onnx_adapter")
@@ -340,9 +344,14 @@ def _runs_beside(out, ids, expected):
         feeds["position_ids"] = torch.arange(ids.shape[1]).expand_as(ids).numpy()
     for place in places.values():
         if place.name.startswith("past_"):
-            feeds[place.name] = torch.zeros(2, place.shape[1], 0, place.shape[3]).numpy()
+            dtype = np.float16 if place.type == "tensor(float16)" else np.float32
+            feeds[place.name] = np.zeros((2, place.shape[1], 0, place.shape[3]), dtype)
     found = torch.from_numpy(session.run(["logits"], feeds, options)[0])
-    assert (found - expected).abs().max() < TOLERANCE
+    assert (found.float() - expected).abs().max() < tolerance
+
+
+def _in_genai(out, ids, expected):
+    file = str(out / "adapters" / "first.onnx_adapter")
     genai = pytest.importorskip("onnxruntime_genai")
     model = genai.Model(str(out))
     adapters, settings = genai.Adapters(model), genai.GeneratorParams(model)
@@ -377,6 +386,11 @@ def test_adapters_that_cannot_be_inputs(llama, tmp_path):
         Session.open(tmp_path / "out", adapters=[str(tmp_path / "other")])
     with pytest.raises(CalledWrongly, match="is what an adapter says"):
         export(llama.directory, tmp_path / "no", OnnxSettings(adapter_inputs=True))
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(tmp_path / "good", tmp_path / "elsewhere" / "good")
+    both = (str(tmp_path / "good"), str(tmp_path / "elsewhere" / "good"))
+    with pytest.raises(CalledWrongly, match="two adapters are called good"):
+        export(llama.directory, tmp_path / "no", dataclasses.replace(good, adapter=both))
     lineage.write(tmp_path / "good", lineage.Lineage("finetune", parent_sha256="0" * 64))
     with pytest.raises(UserError, match="trained on another base"):
         Session.open(tmp_path / "out", adapters=[str(tmp_path / "good")])

@@ -40,11 +40,6 @@ class AdapterChanges:
         return name in self.whole or name.rpartition(".")[0] in self.modules
 
     @property
-    def names(self) -> list[str]:
-        """Of the adapter's tensors."""
-        return list(self._tensors)
-
-    @property
     def can_be_undone(self) -> bool:
         return not self.whole and not (isinstance(self.method, methods.Lora) and self.method.dora)
 

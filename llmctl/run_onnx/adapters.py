@@ -13,9 +13,9 @@ from pathlib import Path
 import onnxruntime
 import torch
 
+from llmctl import checkpoint
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.finetune import adapter
-from llmctl.finetune.changes import AdapterChanges
+from llmctl.finetune import adapter, methods
 from llmctl.finetune.lora import LoraLinear
 from llmctl.finetune.sites import adapted
 from llmctl.models.config import ModelConfig
@@ -37,8 +37,7 @@ def modules(config: ModelConfig, adapters: Adapters) -> dict[str, tuple[torch.Te
     with torch.device("meta"):
         model = new_empty(config)
     for path, weight in adapters:
-        change = AdapterChanges(path, config.family)
-        if not change.is_plain_sum or any(".lora_embedding" in name for name in change.names):
+        if not _is_plain(path):
             raise UserError(
                 f"{path}: only plain LoRA of linear layers can be a graph's input, without DoRA, embeddings and whole modules",
                 hint="fold it in: export-onnx --adapter without --adapter-inputs",
@@ -54,6 +53,13 @@ def modules(config: ModelConfig, adapters: Adapters) -> dict[str, tuple[torch.Te
     }
 
 
+def _is_plain(path: Path) -> bool:
+    """Whether base(x) + x A B of linear layers says all of it."""
+    method, stored = methods.from_peft(adapter.read_config(path)), checkpoint.open_tensors(path, stem=adapter.STEM)
+    own = all(adapter.is_adapters(name) and ".lora_embedding" not in name for name in stored)
+    return isinstance(method, methods.Lora) and not method.dora and own
+
+
 def inputs(config: ModelConfig, adapters: Adapters) -> dict[str, torch.Tensor]:
     """The same by the names of the inputs."""
     return {
@@ -63,15 +69,21 @@ def inputs(config: ModelConfig, adapters: Adapters) -> dict[str, torch.Tensor]:
     }
 
 
-def write(file: Path, given: Mapping[str, torch.Tensor]) -> None:
-    """A file in onnxruntime's own format of adapters (`LoraAdapter`)."""
+def write(file: Path, given: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """A file in onnxruntime's own format of adapters (`LoraAdapter`), in the dtype of the graph."""
     made = onnxruntime.AdapterFormat()
     made.set_adapter_version(1)
     made.set_model_version(1)
-    made.set_parameters(
-        {name: onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy()) for name, tensor in given.items()}
-    )
+    held = {name: tensor.to(dtype) for name, tensor in given.items()}  # onnxruntime copies nothing before it writes
+    made.set_parameters({name: _value(tensor) for name, tensor in held.items()})
     made.export_adapter(str(file))
+
+
+def _value(tensor: torch.Tensor) -> onnxruntime.OrtValue:
+    if tensor.dtype == torch.bfloat16:  # which numpy does not know
+        bits = tensor.view(torch.uint16).numpy()
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, 16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
 
 def give(model: OnnxModule, adapters: Adapters) -> None:

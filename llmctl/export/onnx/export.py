@@ -55,16 +55,17 @@ def export(model: str | Path, output: str | Path, settings: OnnxSettings) -> Exp
     assembly = Assembly.find(model, settings.adapter, settings.force)
     provider = support.refuse(read_config(assembly.base), settings, len(assembly.adapters))
     files.refuse_existing(output, settings.overwrite)
+    beside = assembly.adapters if settings.adapter_inputs else ()
+    adapter_files = _adapter_files(beside)
     allocator.return_freed_memory()
     with files.staged_directory(output, settings.overwrite) as directory:
         source = assembly.base if settings.adapter_inputs else _merged(assembly, directory / "merged", settings)
         spec = stored_config(source)
-        beside = assembly.adapters if settings.adapter_inputs else ()
         adapted = frozenset(adapters.modules(spec, beside))
         tokenizer = assembly.tokenizer() if has_tokenizer(assembly.base) else None
         _write_graphs(source, directory, spec, settings, adapted)
         _write_companions(assembly, directory, spec, tokenizer, settings)
-        _write_adapters(spec, beside, directory)
+        _write_adapters(spec, adapter_files, directory, settings.dtype)
         checked = check.check(source, directory, provider, tokenizer, settings)
         for each in beside:
             check.check(source, directory, provider, tokenizer, settings, [each])
@@ -98,16 +99,21 @@ def _merged(assembly: Assembly, place: Path, settings: OnnxSettings) -> Path:
     return place
 
 
-def _write_adapters(spec: ModelConfig, beside: adapters.Adapters, directory: Path) -> None:
+def _adapter_files(beside: adapters.Adapters) -> dict[str, tuple[Path, float]]:
+    """The names of their files."""
+    named = {f"{path.absolute().name}.onnx_adapter": (path, weight) for path, weight in beside}
+    if len(named) < len(beside):
+        names = [path.absolute().name for path, _ in beside]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CalledWrongly(f"--adapter: two adapters are called {twice}", hint="rename one of the directories")
+    return named
+
+
+def _write_adapters(spec: ModelConfig, named: dict[str, tuple[Path, float]], directory: Path, dtype: str) -> None:
     """Each as a file that onnxruntime and onnxruntime-genai load beside the graph."""
-    for path, weight in beside:
+    for name, each in named.items():
         (directory / "adapters").mkdir(exist_ok=True)
-        file = directory / "adapters" / f"{path.absolute().name}.onnx_adapter"
-        if file.exists():
-            raise CalledWrongly(
-                f"--adapter: two adapters are called {path.absolute().name}", hint="rename one directory"
-            )
-        adapters.write(file, adapters.inputs(spec, [(path, weight)]))
+        adapters.write(directory / "adapters" / name, adapters.inputs(spec, [each]), getattr(torch, dtype))
 
 
 def _write_graphs(
