@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import random
 import subprocess
@@ -65,6 +67,32 @@ def llmctl(tmp_path):
                 f"llmctl {' '.join(map(str, args))} ended with {result.returncode}, not {code}:\n{result.stderr}"
             )
         return result
+
+    return run
+
+
+@pytest.fixture
+def llmctl_here(tmp_path, monkeypatch):
+    """As `llmctl`, in this process, whose imports are done: for what a process of its own would not show better."""
+    from llmctl import cli
+
+    def run(*args: object, code: int | None = 0, input: str = ""):
+        streams = {name: io.TextIOWrapper(io.BytesIO(), "utf-8") for name in ("stdout", "stderr")}
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(input.encode()), "utf-8"))
+            for name, stream in streams.items():
+                patch.setattr(sys, name, stream)
+            returned = cli.main([str(each) for each in args])
+        logger = logging.getLogger("llmctl")
+        logger.handlers.clear()
+        logger.propagate = True
+        for stream in streams.values():
+            stream.flush()
+        said = {name: stream.buffer.getvalue().decode() for name, stream in streams.items()}
+        if code is not None and returned != code:
+            pytest.fail(f"llmctl {' '.join(map(str, args))} ended with {returned}, not {code}:\n{said['stderr']}")
+        return subprocess.CompletedProcess(args, returned, **said)
 
     return run
 

@@ -64,7 +64,7 @@ def test_votes_are_read_back(tmp_path):
         votes.read(path)
 
 
-def test_the_command(llmctl, data, tmp_path):
+def test_the_command(llmctl, llmctl_here, data, tmp_path):
     model = data / "models" / "stories260K"
     (tmp_path / "other").symlink_to(model)
     (tmp_path / "prompts.jsonl").write_text(
@@ -75,11 +75,11 @@ def test_the_command(llmctl, data, tmp_path):
     assert "2 of 3 questions have a vote" in result.stderr
     rows = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
     assert sorted(rows[0]["models"]) == sorted([str(model), "other"]) and len(rows[0]["answers"]) == 2
-    table = llmctl("arena", "--table", "--bootstrap", 50)
+    table = llmctl_here("arena", "--table", "--bootstrap", 50)
     assert {json.loads(line)["model"] for line in table.stdout.splitlines()} == {str(model), "other"}
     assert "Elo" in table.stderr
-    assert "no such file" in llmctl("arena", "--table", "--votes", "none", code=1).stderr
-    assert "one model, which nobody" in llmctl("arena", "other", "./other", "--prompts", "x", code=2).stderr
+    assert "no such file" in llmctl_here("arena", "--table", "--votes", "none", code=1).stderr
+    assert "one model, which nobody" in llmctl_here("arena", "other", "./other", "--prompts", "x", code=2).stderr
     (tmp_path / "none.txt").write_text("\n")
-    assert "no questions" in llmctl("arena", model, "other", "--prompts", "none.txt", code=1).stderr
-    assert "expected two models" in llmctl("arena", model, code=2).stderr
+    assert "no questions" in llmctl_here("arena", model, "other", "--prompts", "none.txt", code=1).stderr
+    assert "expected two models" in llmctl_here("arena", model, code=2).stderr

@@ -371,11 +371,11 @@ def test_turns_from_a_pipe(llmctl, model):
     assert answer["role"] == "assistant" and answer["completion_tokens"] <= 5
 
 
-def test_a_pipe_keeps_a_session_and_goes_on_with_it(llmctl, model, tmp_path):
+def test_a_pipe_keeps_a_session_and_goes_on_with_it(llmctl_here, model, tmp_path):
     flags = ("-n", 5, "--temperature", 0, "--session", "s.jsonl", "--jsonl")
-    llmctl("chat", model, *flags, input="hi\n")
-    assert "exists already" in llmctl("chat", model, *flags, input="hi\n", code=2).stderr
-    llmctl("chat", model, *flags, "--continue", input="more\n")
+    llmctl_here("chat", model, *flags, input="hi\n")
+    assert "exists already" in llmctl_here("chat", model, *flags, input="hi\n", code=2).stderr
+    llmctl_here("chat", model, *flags, "--continue", input="more\n")
     (row,) = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert [message["content"] for message in row["messages"][::2]] == ["hi", "more"]
 
@@ -415,26 +415,26 @@ def test_a_broken_turn_ends_a_pipe_after_the_answers_in_front_of_it(llmctl, mode
     "flags",
     [["--samples", 3], ["--vote"], ["--best-of", 3], ["--reward", "x"], ["--tools", "shell"], ["--num-beams", 2]],
 )
-def test_flags_that_contradict_each_other(llmctl, model, flags):
-    assert len(llmctl("chat", model, *flags, input="hi\n", code=2).stderr.splitlines()) <= 2
+def test_flags_that_contradict_each_other(llmctl_here, model, flags):
+    assert len(llmctl_here("chat", model, *flags, input="hi\n", code=2).stderr.splitlines()) <= 2
 
 
-def test_documents_come_with_the_question(llmctl, tmp_path):
+def test_documents_come_with_the_question(llmctl_here, tmp_path):
     model = save_model(tmp_path / "wide", positions=1024)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("The ship left Bremen in 1911.\n")
     flags = ("--docs", "docs", "-n", 5, "--temperature", 0, "--session", "s.jsonl")
-    result = llmctl("chat", model, *flags, input='{"role": "user", "content": "When did the ship leave?"}\n')
+    result = llmctl_here("chat", model, *flags, input='{"role": "user", "content": "When did the ship leave?"}\n')
     assert json.loads(result.stdout)["sources"] == ["a.txt:1"]
     message = json.loads((tmp_path / "s.jsonl").read_text())["messages"][0]
     assert "> The ship left Bremen" in message["content"] and message["question"] == "When did the ship leave?"
     (tmp_path / "docs" / ".llmctl-index").write_bytes(b"broken")
-    assert "no index that can be read" in llmctl("chat", model, "--docs", "docs", input="hi\n", code=1).stderr
+    assert "no index that can be read" in llmctl_here("chat", model, "--docs", "docs", input="hi\n", code=1).stderr
 
 
-def test_a_vote(llmctl, model):
+def test_a_vote(llmctl_here, model):
     flags = ("--samples", 5, "--vote", "-n", 6, "--seed", 1)
-    one, two = (llmctl("chat", model, *flags, input="hi\n") for _ in range(2))
+    one, two = (llmctl_here("chat", model, *flags, input="hi\n") for _ in range(2))
     assert one.stdout == two.stdout and one.stdout.strip()
     assert "of 5 samples agree" in one.stderr or "none of 5" in one.stderr
 

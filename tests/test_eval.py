@@ -211,12 +211,12 @@ def test_each_part_of_a_text_has_its_own_bytes():
 
 
 @pytest.mark.parametrize("stride", [None, 16])
-def test_perplexity_is_that_of_transformers(checkpoint, stride, tmp_path, llmctl):
+def test_perplexity_is_that_of_transformers(checkpoint, stride, tmp_path, llmctl_here):
     transformers = pytest.importorskip("transformers")
     text = "A cat sat on the mat. Two dogs looked at it, and nobody said a word for a long while. " * 5
     (tmp_path / "text.txt").write_text(text)
     flags = [] if stride is None else ["--stride", stride]
-    result = llmctl("eval", checkpoint(), "text.txt", "--json", *flags)
+    result = llmctl_here("eval", checkpoint(), "text.txt", "--json", *flags)
     found = {line["metric"]: line for line in map(json.loads, result.stdout.splitlines())}
 
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint())
@@ -234,12 +234,14 @@ def test_perplexity_is_that_of_transformers(checkpoint, stride, tmp_path, llmctl
     assert found["nats_per_token"]["stderr"] > 0 and found["nats_per_token"]["n"] == n_tokens
 
 
-def test_perplexity_of_a_stream_is_that_of_its_held_out_texts(checkpoint, tmp_path, llmctl, write_tokens, some_texts):
+def test_perplexity_of_a_stream_is_that_of_its_held_out_texts(
+    checkpoint, tmp_path, llmctl, llmctl_here, write_tokens, some_texts
+):
     write_tokens(tmp_path / "tokens.arrow", some_texts[:60], held_out=7)
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in some_texts[53:60]))
-    streamed = llmctl("eval", checkpoint(), "tokens.arrow", "--json", "-o", "a.jsonl").stdout
+    streamed = llmctl_here("eval", checkpoint(), "tokens.arrow", "--json", "-o", "a.jsonl").stdout
     piped = llmctl("eval", checkpoint(), "-", "--json", input=(tmp_path / "tokens.arrow").read_bytes()).stdout
-    llmctl("eval", checkpoint(), "texts.jsonl", "--json", "-o", "b.jsonl")
+    llmctl_here("eval", checkpoint(), "texts.jsonl", "--json", "-o", "b.jsonl")
     assert streamed == piped.decode()
     (ours,), (plain,) = results.read(tmp_path / "a.jsonl"), results.read(tmp_path / "b.jsonl")
     assert [each["bytes"] for each in ours.records] == [each["bytes"] for each in plain.records]
@@ -427,17 +429,19 @@ def test_the_split_between_context_and_continuation(data):
         encoder.fork("Once", [""], "here")
 
 
-def test_the_command(checkpoint, written, tmp_path, llmctl):
+def test_the_command(checkpoint, written, tmp_path, llmctl, llmctl_here):
     written("mine", CHOICES)
     first = llmctl("eval", checkpoint(), "--task", "mine.yaml", "-o", "one.jsonl", "--json")
     lines = [json.loads(line) for line in first.stdout.splitlines()]
     assert {(line["metric"], line.get("group")) for line in lines} >= {("acc", None), ("acc_norm", "a")}
     assert "standard error" in first.stderr
-    second = llmctl("eval", checkpoint("gpt2"), "rows.jsonl", "--task", "mine.yaml", "-o", "two.jsonl", "--show", 1)
+    second = llmctl_here(
+        "eval", checkpoint("gpt2"), "rows.jsonl", "--task", "mine.yaml", "-o", "two.jsonl", "--show", 1
+    )
     assert second.stdout.strip() == str(tmp_path / "two.jsonl") and "Q: word 0" in second.stderr
-    compared = json.loads(llmctl("eval", "--compare", "one.jsonl", "two.jsonl", "--json").stdout.splitlines()[0])
+    compared = json.loads(llmctl_here("eval", "--compare", "one.jsonl", "two.jsonl", "--json").stdout.splitlines()[0])
     assert compared["n"] == 30 and 0 < compared["mcnemar_p"] <= 1
-    assert llmctl("eval", "--report", "report.md", "one.jsonl", "two.jsonl").stdout.strip().endswith("/report.md")
+    assert llmctl_here("eval", "--report", "report.md", "one.jsonl", "two.jsonl").stdout.strip().endswith("/report.md")
     for name in ("report.html", "report.json"):
         report.write(tmp_path / name, [tmp_path / "one.jsonl", tmp_path / "two.jsonl"])
     markdown = (tmp_path / "report.md").read_text()
@@ -447,4 +451,4 @@ def test_the_command(checkpoint, written, tmp_path, llmctl):
     assert len(json.loads((tmp_path / "report.json").read_text())) == 2
     with pytest.raises(CalledWrongly, match="no such task"):
         task.find("helaswag")
-    assert "where is its data" in llmctl("eval", checkpoint(), "--task", "hellaswag", code=2).stderr
+    assert "where is its data" in llmctl_here("eval", checkpoint(), "--task", "hellaswag", code=2).stderr

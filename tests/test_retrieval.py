@@ -190,9 +190,9 @@ def test_quoted_text_cannot_look_like_a_turn():
     assert not any(line.startswith(("Assistant:", "User:", "Question: what")) for line in text.splitlines())
 
 
-def test_the_command(llmctl, documents, tmp_path):
+def test_the_command(llmctl, llmctl_here, documents, tmp_path):
     result = llmctl("index", documents, "--query", "captain of the ship", "--passages", 1)
     (found,) = [json.loads(line) for line in result.stdout.splitlines()]
     assert found["source"] == "deep/ships.txt:1-2" and "2 added" in result.stderr
-    assert "unchanged" in llmctl("index", documents).stderr
-    assert "no such directory" in llmctl("index", tmp_path / "none", code=2).stderr
+    assert "unchanged" in llmctl_here("index", documents).stderr
+    assert "no such directory" in llmctl_here("index", tmp_path / "none", code=2).stderr
