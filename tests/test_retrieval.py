@@ -102,6 +102,7 @@ def test_bm25_is_the_formula():
 def test_forms_of_a_word_meet():
     assert words("Running runs") == ["run", "run"] and words("the cities' city") == words("City cities")
     assert words("eaten by 1911") == ["eaten", "1911"]
+    assert words("1911年船离开了 GPU卡") == ["1911", "年船", "船离", "离开", "开了", "gpu", "卡"]
 
 
 def test_an_index_is_brought_up_to_date(documents):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -84,7 +85,8 @@ class LanguageModelJudge:
             said.append({"task": task.name, "id": item.number, **_group(item), **note})
             if not own:
                 yield said[place]
-        missing = [[None] * sum(owner == place for owner, _ in owners) for place in range(len(items))]
+        counts = collections.Counter(place for place, _ in owners)
+        missing = [[None] * counts[place] for place in range(len(items))]
         for number, likelihoods in self.scorer.score(forks):
             place, part = owners[number]
             missing[place][part] = likelihoods

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 K1, B = 1.5, 0.75
 _WORD = re.compile(r"\w+")
+_UNSPACED = re.compile("([\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+)")
 _STOP = frozenset(
     "a an and are as at be by do does did for from had has have how i in is it its of on or that the their this to was "
     "were what when where which who whom whose why will with would".split()
@@ -17,8 +18,20 @@ _STOP = frozenset(
 
 
 def words(text: str) -> list[str]:
-    """Lower case, without the commonest function words and with plurals and verb endings taken off."""
-    return [_stem(word) for word in _WORD.findall(text.casefold()) if word not in _STOP]
+    """Lower case, without the commonest function words and with plurals and verb endings taken off.
+
+    Scripts that put no spaces between words (Chinese, Japanese, Thai) give each two neighbouring letters.
+    """
+    found = (part for word in _WORD.findall(text.casefold()) for part in _parts(word))
+    return [_stem(word) for word in found if word not in _STOP]
+
+
+def _parts(word: str) -> Iterator[str]:
+    for number, part in enumerate(_UNSPACED.split(word)):
+        if number % 2:
+            yield from (part[i : i + 2] for i in range(max(1, len(part) - 1)))
+        elif part:
+            yield part
 
 
 def _stem(word: str) -> str:
