@@ -463,6 +463,25 @@ def test_adapters_know_their_file(checkpoint, tmp_path):
     assert Assembly.find(moved, [str(adapter)]).base == moved
 
 
+@pytest.mark.parametrize("name, kind", [("llama", "q4_0"), ("gpt2", "q8_0")])
+def test_packed_matrices_stay_packed_in_onnx(name, kind, checkpoint, monkeypatch, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from llmctl.export.onnx import linear
+    from llmctl.export.onnx.export import export as export_onnx
+    from llmctl.export.onnx.settings import OnnxSettings
+    from llmctl.run_onnx.opening import open_model
+
+    monkeypatch.setattr(linear, "FAST", 1)  # inputs are not rounded
+    monkeypatch.setenv("LLMCTL_KERNELS", "reference")
+    export(checkpoint(name), tmp_path / "m.gguf", ExportGgufSettings(type=kind, tolerance=20.0))
+    export_onnx(tmp_path / "m.gguf", tmp_path / "out", OnnxSettings())
+    nodes = onnx.load(tmp_path / "out" / "model.onnx").graph.node
+    assert sum(node.op_type == "MatMulNBits" for node in nodes) >= 3 * 4
+    ids = checks.token_ids(200, 2, 12)
+    with torch.no_grad():
+        assert (open_model(tmp_path / "out", "cpu")(ids) - load_model(tmp_path / "m.gguf")(ids)).abs().max() < 1e-4
+
+
 def test_a_file_is_a_base_like_any_other(checkpoint, tmp_path):
     """Merged, quantized and exported, with and without an adapter, it gives what its checkpoint gives."""
     base, file, adapter = checkpoint("qwen2"), tmp_path / "base.gguf", tmp_path / "adapter"

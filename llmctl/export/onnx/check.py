@@ -15,7 +15,6 @@ from llmctl.finetune import adapter
 from llmctl.models import rope_scaling
 from llmctl.models.config import ModelConfig
 from llmctl.models.streaming import StreamedModel
-from llmctl.quantize.stored import CONFIG_KEY
 from llmctl.run_onnx.adapters import Adapters
 from llmctl.run_onnx.graph_session import session_options
 from llmctl.run_onnx.opening import OnnxModel, open_model
@@ -51,22 +50,23 @@ def check(
     provider: str,
     tokenizer: Tokenizer | None,
     settings: OnnxSettings,
+    few_bits: bool,
     adapters: Adapters = (),
 ) -> Checked:
-    """`adapters` stand beside both. Raises CheckFailed where they differ by more than `settings` allow."""
+    """`few_bits`: the graph multiplies by such matrices; `adapters` stand beside both. Raises CheckFailed where they differ by more than `settings` allow."""
 
     def attach(model: torch.nn.Module) -> None:
         for path, weight in adapters:
             adapter.load(model, path, weight)
 
     before = StreamedModel(source, change=attach)
-    after = open_model(exported, provider, options=_frugal(settings), adapters=adapters)
+    after = open_model(exported, provider, options=_frugal(few_bits), adapters=adapters)
     probes = agreement.probe_ids(tokenizer, before.config.vocab_size)
     probes = probes[:, : longest(before.config)]
     compare = {"causal": _causal, "masked": _masked, "seq2seq": _seq2seq}[before.config.kind]
     with torch.no_grad():
         found = compare(before, after, probes)
-    _require(found, settings, CONFIG_KEY in before.config.hf)
+    _require(found, settings, few_bits and settings.quantize is None)
     return found
 
 
@@ -92,14 +92,14 @@ def _require(found: Checked, settings: OnnxSettings, from_few_bits: bool) -> Non
         agreement.require(found.agreement, max(settings.kl_tolerance, least))
 
 
-def _frugal(settings: OnnxSettings) -> onnxruntime.SessionOptions:
+def _frugal(few_bits: bool) -> onnxruntime.SessionOptions:
     """Weights stay mapped as they lie in their file, and are not turned into a second form that is faster.
 
     Those in few bits are: without it they would all be made float32 at every step.
     """
     options = session_options()
     options.enable_cpu_mem_arena = False
-    if settings.quantize is None:
+    if not few_bits:
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 

@@ -19,6 +19,7 @@ from llmctl.export.onnx import causal, check, genai, masked, seq2seq, support, w
 from llmctl.export.onnx.attention import groups_queries
 from llmctl.export.onnx.builder import Builder
 from llmctl.export.onnx.graph import Graph
+from llmctl.export.onnx.linear import FEW_BITS
 from llmctl.export.onnx.quantization import Quantization
 from llmctl.export.onnx.settings import OnnxSettings
 from llmctl.export.onnx.weights import Weights
@@ -63,12 +64,12 @@ def export(model: str | Path, output: str | Path, settings: OnnxSettings) -> Exp
         spec = stored_config(source)
         adapted = frozenset(adapters.modules(spec, beside))
         tokenizer = assembly.tokenizer() if has_tokenizer(assembly.base) else None
-        _write_graphs(source, directory, spec, settings, adapted)
+        few_bits = _write_graphs(source, directory, spec, settings, adapted)
         _write_companions(assembly, directory, spec, tokenizer, settings)
         _write_adapters(spec, adapter_files, directory, settings.dtype)
-        checked = check.check(source, directory, provider, tokenizer, settings)
+        checked = check.check(source, directory, provider, tokenizer, settings, few_bits)
         for each in beside:
-            check.check(source, directory, provider, tokenizer, settings, [each])
+            check.check(source, directory, provider, tokenizer, settings, few_bits, [each])
         shutil.rmtree(directory / "merged", ignore_errors=True)
         record = lineage.Lineage(
             command="export-onnx",
@@ -118,7 +119,8 @@ def _write_adapters(spec: ModelConfig, named: dict[str, tuple[Path, float]], dir
 
 def _write_graphs(
     source: Path, directory: Path, spec: ModelConfig, settings: OnnxSettings, adapted: frozenset[str]
-) -> None:
+) -> bool:
+    """Whether there are products with matrices of few bits in them."""
     dtype = getattr(torch, settings.dtype)
     weights = Weights(source, spec, dtype)
     bits = {"int4": 4, "int8": 8}.get(settings.quantize)
@@ -138,6 +140,7 @@ def _write_graphs(
     metadata = {PADS: "right" if _pads_right(spec, settings.fuse) else "left"}
     for name, graph in graphs.items():
         writing.write(graph, directory / name, settings.opset, metadata, settings.external_data_above)
+    return any(node.op_type == FEW_BITS for graph in graphs.values() for node in graph.nodes)
 
 
 def _plans(source: Path, spec: ModelConfig, settings: OnnxSettings) -> Iterator[tuple[str, Build]]:

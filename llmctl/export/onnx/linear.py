@@ -14,6 +14,7 @@ from llmctl.export.onnx.quantization import Groups
 from llmctl.run_onnx.adapters import input_names
 from llmctl.tensor_file import LazyTensor
 
+FEW_BITS = "MatMulNBits"
 FAST = 4
 """onnxruntime's accuracy_level that multiplies whole numbers of 8 bits."""
 
@@ -71,7 +72,7 @@ def in_groups(b: Builder, name: str, groups: Groups, x: Value, bias: Value | Non
     inputs = [x, codes, scales, zeros, None, bias]
     while inputs[-1] is None:
         inputs.pop()
-    return g.op("MatMulNBits", *inputs, domain=MICROSOFT, **how)
+    return g.op(FEW_BITS, *inputs, domain=MICROSOFT, **how)
 
 
 def _biases(b: Builder, names: Sequence[str], n_out: int) -> LazyTensor:

@@ -18,7 +18,7 @@ class OnnxSettings:
     quantize: Literal["int8", "int4"] | None = _flag(
         None,
         "Round weights of linear layers to nearest in 8 or 4 bits, in groups with a scale each (MatMulNBits). A matrix that "
-        "MODEL has in 4 or 8 bits already (llmctl quantize, GPTQ, AWQ) keeps its codes, with and without this.",
+        "MODEL has in 4 or 8 bits already (llmctl quantize, GPTQ, AWQ, GGUF) keeps its codes, with and without this.",
     )
     group_size: int = _flag(32, "Weights that share a scale: a power of 2.", at_least=16, at_most=256)
     fuse: bool = _flag(

@@ -9,7 +9,6 @@ import torch
 
 from llmctl.export import weights
 from llmctl.models.config import ModelConfig
-from llmctl.quantize.stored import QuantizedFiles
 from llmctl.tensor_file import LazyTensor
 
 
@@ -39,8 +38,8 @@ class Weights(weights.Weights):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the checkpoint holds matrices in few bits."""
-        return isinstance(self._files, QuantizedFiles)
+        """Whether the checkpoint may hold matrices in few bits."""
+        return hasattr(self._files, "packed")
 
     def packed(self, name: str):
         """A matrix [out, in] of a quantized module, as it is stored; None for other tensors."""
