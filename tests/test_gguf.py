@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import importlib.util
 import json
@@ -40,7 +41,7 @@ from llmctl.finetune.methods import Lora  # noqa: E402
 from llmctl.generation.session import Session  # noqa: E402
 from llmctl.generation.settings import Sampling  # noqa: E402
 from llmctl.gguf import k_quants, vocabulary  # noqa: E402
-from llmctl.gguf.file import GgufFile  # noqa: E402
+from llmctl.gguf.file import GgufFile, GgufTensors  # noqa: E402
 from llmctl.inspection import inspect  # noqa: E402
 from llmctl.models.loading import load_model, read_config, save_model  # noqa: E402
 from llmctl.models.quantized_linear import QuantizedLinear  # noqa: E402
@@ -466,7 +467,9 @@ def test_adapters_know_their_file(checkpoint, tmp_path):
 @pytest.mark.parametrize("name, kind", [("llama", "q4_0"), ("gpt2", "q8_0")])
 def test_packed_matrices_stay_packed_in_onnx(name, kind, checkpoint, monkeypatch, tmp_path):
     onnx = pytest.importorskip("onnx")
+    from llmctl.export.onnx import check as check_onnx
     from llmctl.export.onnx import linear
+    from llmctl.export.onnx.check import Checked
     from llmctl.export.onnx.export import export as export_onnx
     from llmctl.export.onnx.settings import OnnxSettings
     from llmctl.run_onnx.opening import open_model
@@ -474,6 +477,14 @@ def test_packed_matrices_stay_packed_in_onnx(name, kind, checkpoint, monkeypatch
     monkeypatch.setattr(linear, "FAST", 1)  # inputs are not rounded
     monkeypatch.setenv("LLMCTL_KERNELS", "reference")
     export(checkpoint(name), tmp_path / "m.gguf", ExportGgufSettings(type=kind, tolerance=20.0))
+    read, packed = collections.Counter(), GgufTensors.packed
+    with monkeypatch.context() as patch:
+        patch.setattr(GgufTensors, "packed", lambda self, each: read.update([each]) or packed(self, each))
+        patch.setattr(check_onnx, "check", lambda *_: Checked(None, 0.0, 0, 0))
+        export_onnx(tmp_path / "m.gguf", tmp_path / "counted", OnnxSettings())
+    assert max(read.values()) <= (
+        2 if name == "llama" else 6
+    )  # to see its form, and to write it: of three in one, thrice
     export_onnx(tmp_path / "m.gguf", tmp_path / "out", OnnxSettings())
     nodes = onnx.load(tmp_path / "out" / "model.onnx").graph.node
     assert sum(node.op_type == "MatMulNBits" for node in nodes) >= 3 * 4

@@ -9,7 +9,11 @@ import torch
 
 from llmctl.export import weights
 from llmctl.models.config import ModelConfig
+from llmctl.models.packed import PackedWeight
 from llmctl.tensor_file import LazyTensor
+
+RECENT = 3
+"""Matrices that are kept unpacked, those of queries, keys and values: scales and codes are made of the same ones."""
 
 
 class Weights(weights.Weights):
@@ -18,6 +22,7 @@ class Weights(weights.Weights):
     def __init__(self, path: Path, config: ModelConfig, dtype: torch.dtype):
         super().__init__(path, config)
         self.dtype = dtype
+        self._recent: dict[str, PackedWeight | None] = {}
 
     def lazy(
         self,
@@ -41,8 +46,15 @@ class Weights(weights.Weights):
         """Whether the checkpoint may hold matrices in few bits."""
         return hasattr(self._files, "packed")
 
-    def packed(self, name: str):
+    def packed(self, name: str) -> PackedWeight | None:
         """A matrix [out, in] of a quantized module, as it is stored; None for other tensors."""
+        if name not in self._recent:
+            if len(self._recent) == RECENT:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[name] = self._unpacked(name)
+        return self._recent[name]
+
+    def _unpacked(self, name: str) -> PackedWeight | None:
         source = self._sources.get(name)
         whole = None if source is None or not self.is_quantized else self._files.packed(source.theirs)
         if whole is None or len(source.sizes) == 1:
