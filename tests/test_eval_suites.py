@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from llmctl.data.corpus import Corpus
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.evaluate import answers, harness, memorization, report, rows, safety, suites, task
 from llmctl.evaluate.classifier_judge import ClassifierJudge
+from llmctl.evaluate.harness_items import HarnessItems
 from llmctl.evaluate.judge import LanguageModelJudge
 from llmctl.evaluate.judging import judged_text
 from llmctl.evaluate.prompts import Prompter, Style
@@ -327,6 +329,51 @@ def test_tasks_of_the_harness_on_our_engine(checkpoint, tmp_path):
     assert [harness.rolling(evaluation.judge, text) for text in texts] == pytest.approx(expected, abs=1e-2)
 
 
+def test_an_item_is_recorded_with_its_last_response_and_not_asked_again():
+    @dataclasses.dataclass
+    class Instance:
+        doc_id: int
+        idx: int
+        task_name: str = "t"
+        repeats: int = 2
+        resps: list = dataclasses.field(default_factory=list)
+        filtered_resps: dict = dataclasses.field(default_factory=dict)
+
+        @property
+        def args(self):
+            return (f"item {self.doc_id}", self.idx)
+
+        doc = None
+
+    class First:
+        def apply(self, instances):
+            for each in instances:
+                each.filtered_resps["none"] = each.resps[0]
+
+    instances = [Instance(doc_id, idx) for doc_id in range(3) for idx in (1, 0)]
+    one = SimpleNamespace(
+        instances=instances, _filters=[First()], process_results=lambda doc, found: {"sum": float(sum(found)), "x": []}
+    )
+    manager = SimpleNamespace(loaded={"tasks": {"t": one}})
+    asked, records = [], []
+
+    def work(arguments):
+        for place in reversed(range(len(arguments))):
+            asked.append(arguments[place])
+            yield place, place
+
+    cloned = [each for each in instances for _ in range(2)]
+    first = HarnessItems(manager, lambda name: [], records.append).answered(cloned, work)
+    assert first == list(range(12)) and [record["id"] for record in records] == [2, 1, 0]
+    assert records[0]["responses"] == [[11, 10], [9, 8]] and records[0]["scores"] == {"sum": 20.0}
+    asked.clear()
+    again, before = [], records[:2]
+    second = HarnessItems(manager, lambda name: before, again.append).answered(cloned, work)
+    assert {text for text, _ in asked} == {"item 0"} and [record["id"] for record in again] == [0]
+    assert [sorted(second[i : i + 2]) for i in range(0, 12, 2)] == [sorted(first[i : i + 2]) for i in range(0, 12, 2)]
+
+
+@pytest.mark.slow
 def test_items_of_the_harness_are_kept_one_by_one_and_a_stopped_run_goes_on(checkpoint, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
     questions = [{"question": f"What is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(5)]
