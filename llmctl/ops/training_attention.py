@@ -35,7 +35,8 @@ def applies(q_BHTK: torch.Tensor) -> bool:
 def forward(
     q_BHTK: torch.Tensor, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor, first_keys_BT: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output like q, log of each softmax's denominator float32 [B, H, T]); all tensors contiguous."""
+    """(output like q, log of each softmax's denominator float32 [B, H, T])."""
+    q_BHTK, k_BGTK, v_BGTK = (x.contiguous() for x in (q_BHTK, k_BGTK, v_BGTK))
     out, log_sums = torch.empty_like(q_BHTK), q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32)
     tensors = {"q": q_BHTK, "k": k_BGTK, "v": v_BGTK, "out": out, "log_sums": log_sums}
     _call("llmctl_training_attention_forward", first_keys_BT, tensors)
@@ -52,6 +53,7 @@ def backward(
     first_keys_BT: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, from what `forward` gave."""
+    grad_out, q_BHTK, k_BGTK, v_BGTK = (x.contiguous() for x in (grad_out, q_BHTK, k_BGTK, v_BGTK))
     batch, heads, tokens, head_dim = q_BHTK.shape
     group = heads // k_BGTK.shape[1]
     dtype = q_BHTK.dtype if group == 1 else torch.float32
