@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -98,6 +98,14 @@ def refuse_existing(path: str | os.PathLike, overwrite: bool = False) -> None:
     """Raise `CalledWrongly` for an output that exists, before any work is done for it."""
     if _is_occupied(Path(path).absolute()) and not overwrite:
         raise CalledWrongly(f"{path}: exists already", hint="choose another --output, or add --overwrite")
+
+
+def refuse_input(output: str | os.PathLike, inputs: Iterable[str | os.PathLike]) -> None:
+    """Raise `CalledWrongly` for an output that would replace one of the files or directories it is made of."""
+    target = Path(output).resolve()
+    for path in map(Path, inputs):
+        if target in (source := path.resolve(), *source.parents):
+            raise CalledWrongly(f"{output}: would replace {path}, which is read", hint="choose another --output")
 
 
 def _is_occupied(target: Path) -> bool:

@@ -13,14 +13,20 @@ import torch
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
-from llmctl.errors import UserError  # noqa: E402
+from llmctl.classify import TextClassifier  # noqa: E402
+from llmctl.data.text_rows import TextRow  # noqa: E402
+from llmctl.errors import CalledWrongly, UserError  # noqa: E402
 from llmctl.finetune import adapter, methods  # noqa: E402
 from llmctl.finetune.assembly import Assembly  # noqa: E402
+from llmctl.finetune.labelled import Regression  # noqa: E402
 from llmctl.finetune.merge import merge  # noqa: E402
 from llmctl.finetune.merge_settings import MergeSettings  # noqa: E402
 from llmctl.finetune.settings import FinetuneSettings  # noqa: E402
 from llmctl.finetune.task import finetuning  # noqa: E402
+from llmctl.models.config import Classifier  # noqa: E402
 from llmctl.models.loading import load_model  # noqa: E402
+from llmctl.quantize.run import quantize  # noqa: E402
+from llmctl.quantize.settings import QuantizeSettings  # noqa: E402
 from llmctl.tokenizer import Tokenizer  # noqa: E402
 
 AUTO = transformers.AutoModelForSequenceClassification
@@ -68,6 +74,9 @@ def bases(tmp_path_factory):
         "llama": transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, num_key_value_heads=2)),
         "bert": transformers.BertForMaskedLM(transformers.BertConfig(**shape)),
         "roberta": transformers.RobertaForMaskedLM(transformers.RobertaConfig(**shape)),
+    }
+    _save(models, tokenizer, directory)
+    more = {
         "bart": transformers.BartForConditionalGeneration(
             transformers.BartConfig(vocab_size=tokenizer.vocab_size, **BART, **ENDS)
         ),
@@ -75,13 +84,17 @@ def bases(tmp_path_factory):
             transformers.T5Config(vocab_size=tokenizer.vocab_size, **T5, **ENDS)
         ),
     }
+    _save(more, tokenizer, directory)
+    return directory
+
+
+def _save(models, tokenizer, directory):
     for name, model in models.items():
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
         model.save_pretrained(directory / name)
         tokenizer.save(directory / name)
-    return directory
 
 
 def finetune(base, file, output, **settings):
@@ -150,6 +163,40 @@ def test_measures_come_back_in_their_units(bases, rows, tmp_path, base, method):
     ours = Assembly.find(tmp_path / "out").load()
     values = compare(ours, theirs, Tokenizer.load(tmp_path / "out"))
     assert np.allclose(values[:, 0], [150, 100, 200], atol=60)
+
+
+def test_what_moves_all_texts_alike_teaches_a_mean_nothing(bases):
+    """While it learns, a head over means reads features less those of some texts; saved, it needs none of them."""
+    tokenizer, targets = Tokenizer.load(bases / "roberta"), np.array([1.0, 3.0, 8.0])
+    spec = Classifier(("value",), "regression", at="mean", dense=True, bias=True, pad_id=1)
+    model = load_model(bases / "roberta", classifier=spec)
+    objective = Regression(model, targets, has_head=False)
+    ids, mask = encoded(tokenizer, 1)
+    batch = ids, None, mask.sum(1), torch.tensor(targets), torch.ones(3, dtype=torch.bool)
+    torch.nn.init.normal_(model.classifier.out.weight)
+    objective.begin_with(*batch[:3:2])
+    with torch.no_grad():
+        values = model(ids, mask)
+        whole = objective.eval()(*batch)[1]
+        objective.centre_on(ids[:2], mask.sum(1)[:2])
+        torch.testing.assert_close(objective(*batch)[1], whole, rtol=1e-4, atol=1e-4)
+        model.layers[-1].ffn_sum_norm.bias.add_(0.3)
+        torch.testing.assert_close(objective(*batch)[1], whole, rtol=1e-4, atol=1e-4)
+        assert (model(ids, mask) - values).abs().max() > 0.1
+        with objective.as_saved():
+            torch.testing.assert_close(model(ids, mask)[:, 0].double(), whole, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(objective(*batch)[1], whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "feature"])
+def test_a_mean_is_saved_as_it_was_validated(bases, rows, tmp_path, method):
+    how = dict(pooling="mean", steps=6, val_data=(rows["regress"],))
+    validations = finetune(bases / "roberta", rows["regress"], tmp_path / "out", method=method, **how)
+    classifier = TextClassifier.open(tmp_path / "out")
+    given = [json.loads(line) for line in open(rows["regress"])]
+    said = classifier.classify(TextRow(row["text"], "a row", {}) for row in given)
+    errors = [found["predicted"] - row["label"] for row, (_, found) in zip(given, said)]
+    assert validations[-1]["rmse"] == pytest.approx(np.sqrt(np.square(errors).mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["lora", "ia3", "adapter", "freeze"])
@@ -256,6 +303,18 @@ def test_a_classifier_is_tuned_on(bases, rows, tmp_path):
     chats = write(tmp_path / "chats.jsonl", [{"prompt": f"{i} is ", "completion": "2"} for i in range(20)])
     with pytest.raises(UserError, match="is a classifier"):
         finetune(tmp_path / "first", chats, tmp_path / "other", method="full")
+
+
+def test_an_output_may_not_replace_what_is_read(bases, rows, tmp_path):
+    base, before = bases / "llama", sorted((bases / "llama").iterdir())
+    for output in (base, bases):
+        with pytest.raises(CalledWrongly, match="would replace .*llama, which is read"):
+            finetune(base, rows["single"], output, overwrite=True)
+        with pytest.raises(CalledWrongly, match="would replace .*llama, which is read"):
+            merge(base, [tmp_path], output, MergeSettings(overwrite=True))
+        with pytest.raises(CalledWrongly, match="would replace .*llama, which is read"):
+            quantize(base, output, QuantizeSettings(overwrite=True))
+    assert sorted(base.iterdir()) == before
 
 
 def test_bad_labels_are_named(bases, rows, tmp_path):

@@ -51,12 +51,13 @@ class FeatureRows:
         with open(path, "wb") as file:
             for batch in batches:
                 features_ND, rest = _features(objective, batch, dtype)
+                kept = features_ND.dtype
                 file.write(memoryview(features_ND.contiguous().view(torch.uint8).numpy()).cast("B"))
                 counts.append(len(features_ND))
                 self._rest.append(rest)
                 self._n_targets.append(batch.n_targets)
         self._ends = torch.tensor(counts).cumsum(0).tolist()
-        flat = torch.from_file(str(path), shared=False, size=self._ends[-1] * width, dtype=dtype)
+        flat = torch.from_file(str(path), shared=False, size=self._ends[-1] * width, dtype=kept)
         self._features_ND = flat.view(-1, width)
         self.rows_per_epoch = len(self._rest)
 
@@ -112,12 +113,17 @@ def freeze_backbone(model: LanguageModel) -> LanguageModel:
 
 @torch.no_grad()
 def _features(objective: nn.Module, batch, dtype: torch.dtype) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """What the head gets of a row, [N, D] on the CPU, and the rest of what the objective's loss takes."""
+    """What the head gets of a row, [N, D] on the CPU, and the rest of what the objective's loss takes.
+
+    Of tokens in `dtype`; of texts in float32: what tells means over many tokens apart may be less than bfloat16 holds.
+    """
     device = objective.model.embed_tokens.weight.device
     objective.eval()
     with autocast(device, dtype):
         features_ND, *rest = objective.features(*batch.tensors(device))
-    if rest[-1].dtype != torch.bool:  # targets: where nothing is predicted, nothing is kept
+    if rest[-1].dtype == torch.bool:
+        dtype = torch.float32
+    else:  # targets: where nothing is predicted, nothing is kept
         is_target_N = rest[0] >= 0
         features_ND, rest = features_ND[is_target_N], [rest[0][is_target_N]]
     return features_ND.to("cpu", dtype), tuple(each.cpu() for each in rest)

@@ -23,6 +23,7 @@ class _Labelled(nn.Module):
     def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
+        self._centre: tuple[torch.Tensor, torch.Tensor] | None = None
 
     sequences = 1
     """Texts of an example."""
@@ -33,8 +34,19 @@ class _Labelled(nn.Module):
 
     def features(self, inputs_BT, targets_BT, lengths_B, labels, counted) -> tuple[torch.Tensor, ...]:
         """What the head gets of each text, [B, D], and the rest of what `loss` takes."""
-        features_BD = self.model.features(inputs_BT, _is_real(inputs_BT, lengths_B))
+        if self._centre is None:
+            features_BD = self.model.features(inputs_BT, _is_real(inputs_BT, lengths_B))
+        else:
+            features_BD = self._from_centre(inputs_BT, lengths_B)
         return features_BD, *([] if labels is None else [labels]), counted
+
+    def _from_centre(self, inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """The features [B, D] less the centre's, which go through the model beside them."""
+        ids_RT, lengths_R = self._centre
+        width, count = max(inputs_BT.shape[1], ids_RT.shape[1]), len(inputs_BT)
+        ids_NT = torch.cat([F.pad(ids, (0, width - ids.shape[1])) for ids in (inputs_BT, ids_RT)])
+        features_ND = self.model.features(ids_NT, _is_real(ids_NT, torch.cat([lengths_B, lengths_R])))
+        return features_ND[:count] - features_ND[count:].mean(0)
 
     def _scores(self, features_BD: torch.Tensor) -> torch.Tensor:
         """float32 [B, labels]."""
@@ -45,6 +57,44 @@ class _Labelled(nn.Module):
         """Fit a fresh head to what the model makes of these texts."""
         features_BD = self.model.eval().features(inputs_BT, _is_real(inputs_BT, lengths_B))
         self.model.classifier.standardize(features_BD)
+
+    @torch.no_grad()
+    def centre_on(self, inputs_RT: torch.Tensor, lengths_R: torch.Tensor) -> None:
+        """From here on a head over means reads features less those that these texts have at the time.
+
+        A few tokens are a small part of a mean, which `standardize` stretches to size; with it every step would stretch
+        what it does to all texts alike, and that is more than what it teaches. `as_saved` makes the head do without.
+        """
+        learns = any(p.requires_grad for name, p in self.model.named_parameters() if not name.startswith("classifier."))
+        if self.model.config.classifier.at == "mean" and self.model.classifier.dense is not None and learns:
+            self._centre = inputs_RT, lengths_R
+            self._move_zero(1)
+
+    def _move_zero(self, sign: int) -> None:
+        """Let the head's first layer give for features less the centre's what it gave for whole ones (-1: the other way)."""
+        ids_RT, lengths_R = self._centre
+        dense, was_training = self.model.classifier.dense, self.model.training
+        centre_D = self.model.eval().features(ids_RT, _is_real(ids_RT, lengths_R)).mean(0).to(dense.weight.dtype)
+        dense.bias.add_(dense.weight @ centre_D, alpha=sign)
+        self.model.train(was_training)
+
+    @contextlib.contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Within the block the model alone gives what this objective makes of it; after it every bit is as before."""
+        parameters = list(self.model.classifier.parameters())
+        before = [parameter.detach().clone() for parameter in parameters]
+        with torch.no_grad():
+            self._finish()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, before, strict=True):
+                    parameter.copy_(value)
+
+    def _finish(self) -> None:
+        if self._centre is not None:
+            self._move_zero(-1)
 
     def _result(self, losses_N: torch.Tensor, counted_N: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor:
         """The sum in training mode, else the losses and the rows beside them that `metrics` wants."""
@@ -121,18 +171,9 @@ class Regression(_Labelled):
         constant_D = hidden_ND.mT @ torch.linalg.solve(products_NN + ridge, torch.ones(len(hidden_ND)).double())
         self.model.classifier.out.weight.copy_(self._mean / self._scale * constant_D)
 
-    @contextlib.contextmanager
-    def as_saved(self) -> Iterator[None]:
-        """Within the block the model's outputs have the data's units; after it every bit is as before."""
-        parameters = list(self.model.classifier.out.parameters())
-        before = [parameter.detach().clone() for parameter in parameters]
+    def _finish(self) -> None:
+        super()._finish()
         self._change_units(self._scale, self._shift)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(parameters, before, strict=True):
-                    parameter.copy_(value)
 
     @torch.no_grad()
     def _change_units(self, scale: float, shift: float) -> None:

@@ -44,6 +44,7 @@ def merge(base: str | Path, adapters: Sequence[str | Path], output: str | Path, 
     Raises UserError for an adapter that does not fit the base or cannot be merged, CheckFailed where the result does not
     compute what base and adapters do; nothing is left under `output` then.
     """
+    files.refuse_input(output, [base, *adapters])
     allocator.return_freed_memory()
     base = Path(base)
     weights = _weights(settings, len(adapters))

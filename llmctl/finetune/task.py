@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from llmctl import files
 from llmctl.devices import choose_device
 from llmctl.errors import CalledWrongly
 from llmctl.finetune import adapter, earlier_task, heads, planning, quantized, saving
@@ -56,11 +57,13 @@ def finetuning(
 ) -> contextlib.AbstractContextManager[Run]:
     """A fine-tuning run as `training` gives it; `model` may be left out where a run goes on."""
     planning.refuse_contradictions(settings)
+    if settings.overwrite:
+        files.refuse_input(output, filter(None, [model, settings.teacher, settings.retain, *inputs]))
     return training(Finetuning(planning.with_length(settings), model), inputs, output, given, began)
 
 
-FIRST_TEXTS = 64
-"""So many show a fresh head what texts have in common."""
+FIRST_TEXTS, CENTRE_TEXTS = 64, 2
+"""So many show a fresh head what texts have in common, and so many go on doing so while the model learns."""
 RETAINED = "retained.arrow"
 """An earlier task's text, beside the examples."""
 SCORED_AT_ONCE = 4096
@@ -218,6 +221,8 @@ class Finetuning(Task):
             some = PaddedExamples(self.examples, "train", 1, seed=self.settings.seed).train_batch(0, FIRST_TEXTS)
             inputs_BT, _, lengths_B, *_ = some.tensors(device)
             objective.begin_with(inputs_BT, lengths_B)
+            if distributed.world_size() == 1:  # processes that hold parts of a head cannot move its zero
+                objective.centre_on(inputs_BT[:CENTRE_TEXTS], lengths_B[:CENTRE_TEXTS])
         return objective
 
     def _objective(self, model: LanguageModel, device: torch.device) -> nn.Module:

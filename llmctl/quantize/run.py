@@ -64,6 +64,7 @@ def quantize(
     """
     allocator.return_freed_memory()
     files.refuse_existing(output, settings.overwrite)
+    files.refuse_input(output, [model])
     _refuse_contradictions(settings)
     job = _Job(Path(model), settings, progress)
     with files.staged_directory(output, settings.overwrite) as directory:
