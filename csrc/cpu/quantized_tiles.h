@@ -1,7 +1,7 @@
 // The matrix product with weights in few bits on AMX tiles, for many rows: the same whole numbers as with few, and the same
 // steps in floats after them.
 //
-// The tile unit works by itself, so while it multiplies one block the vector unit scales and adds up the one before.
+// The tile unit works by itself, so while it multiplies one strip the vector unit scales and adds up the one before.
 #pragma once
 
 #include "cpu/piece_scratch.h"
@@ -20,11 +20,9 @@ struct alignas(64) ResultTile {
     Number at[row_block * quantized_panel];
 };
 
-// The products of two tiles of rows and two panels of weights for one block. A load that the
-// low 12 bits of its address confuse with a store before it waits for that, so what is stored while others are added up
-// lies in another quarter of 4 KB: quarter 2 * rows + panel.
+// The products of two tiles of rows and two panels of weights for one block.
 template <int Units>
-struct alignas(4096) TileSums {
+struct TileSums {
     ResultTile<int32_t> sum[Units][2][2];  // unit, rows, panel
 };
 
@@ -53,7 +51,6 @@ LLMCTL_INLINE void unpack_block(const QuantizedLinear& c, int64_t panel, int64_t
 template <int Bits, int Unit>
 struct Chunk {
     static constexpr int units = quantized_block / Unit, steps = Unit == 128 ? 2 : 1;
-    static constexpr int64_t columns = Unit == 32 ? 32 : 64;
 
     const QuantizedLinear& c;
     const QuantizedRows& x;
