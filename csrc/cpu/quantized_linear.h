@@ -23,7 +23,8 @@ LLMCTL_INLINE typename I::Simd::Vec load_scales(const QuantizedLinear& c, int64_
 // What the sum of a unit begins with: minus the zero times the sum of the row's codes.
 template <class I, int Bits>
 LLMCTL_INLINE typename I::Vec minus_zeros(const QuantizedLinear& c, int64_t at, int32_t minus_sum) {
-    if (c.zeros == nullptr) return I::all(minus_sum * (1 << (Bits - 1)));
+    // unsigned: behind the last row there is no telling how large it is
+    if (c.zeros == nullptr) return I::all(static_cast<int32_t>(static_cast<uint32_t>(minus_sum) << (Bits - 1)));
     return I::mul(I::load_bytes(c.zeros + at), I::all(minus_sum));
 }
 
