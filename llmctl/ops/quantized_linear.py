@@ -183,7 +183,7 @@ def _codes_laid_out(codes_NK: torch.Tensor, bits: int) -> torch.Tensor:
     if bits == 4:
         lower, upper = codes.unflatten(3, (2, -1)).unbind(3)
         codes = lower | (upper << 4)
-    return huge_pages.contiguous(codes.flatten(2))
+    return huge_pages.contiguous(codes).flatten(2)
 
 
 def _codes_of(weight: QuantizedWeight, ids: torch.Tensor) -> torch.Tensor:
