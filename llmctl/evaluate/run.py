@@ -147,9 +147,7 @@ class Evaluation:
 
 
 def _weights_sha256(path: Path) -> str:
-    """Of a checkpoint, of one file, or of an exported graph with what lies beside it."""
-    if path.is_file():
-        return lineage.file_sha256(path)
+    """Of a checkpoint or one file, and of an exported graph with what lies beside it."""
     graphs = [f"{each.name} {lineage.file_sha256(each)}" for each in sorted(path.glob("*.onnx*")) if each.is_file()]
     return " ".join([lineage.weights_sha256(path), *graphs])
 
