@@ -348,3 +348,5 @@ def test_refusals(llmctl, monkeypatch, tmp_path):
     assert export.export(reference.directory, tmp_path / "out", ExportCSettings()).checked.compiler is None
     with pytest.raises(CalledWrongly, match="exists already"):
         export.export(reference.directory, tmp_path / "out", ExportCSettings())
+    with pytest.raises(CalledWrongly, match="would replace .*, which is read"):
+        export.export(reference.directory, reference.directory, ExportCSettings(overwrite=True))

@@ -248,6 +248,13 @@ def test_rounding_keeps_the_largest_and_zero():
         torch.testing.assert_close(back[0, largest], weights[0, largest])
 
 
+def test_the_model_is_not_replaced(llama):
+    before = sorted(llama.directory.iterdir())
+    with pytest.raises(CalledWrongly, match="would replace .*, which is read"):
+        export(llama.directory, llama.directory, OnnxSettings(overwrite=True))
+    assert sorted(llama.directory.iterdir()) == before
+
+
 def test_half_precision_and_data_files(llama):
     """The same weights inside the graph or beside it."""
     ids = checks.token_ids(257, 2, 20)

@@ -27,7 +27,7 @@ from test_seq2seq_families import untie  # noqa: E402
 from test_tokenizer_sentencepiece import T5_IDS, train  # noqa: E402, F401
 
 from llmctl import lineage  # noqa: E402
-from llmctl.errors import UserError  # noqa: E402
+from llmctl.errors import CalledWrongly, UserError  # noqa: E402
 from llmctl.export.c import check  # noqa: E402
 from llmctl.export.c.export import export as export_c  # noqa: E402
 from llmctl.export.c.settings import ExportCSettings  # noqa: E402
@@ -437,6 +437,14 @@ def test_quantized_checkpoints_are_exported(checkpoint, tmp_path):
     text = checks.token_ids(ours.config.vocab_size, 1, 20)
     with torch.no_grad():
         assert (ours(text) - again(text)).norm() < 0.05 * again(text).norm()
+
+
+def test_the_model_is_not_replaced(checkpoint, tmp_path):
+    export(checkpoint("llama"), tmp_path / "m.gguf", ExportGgufSettings(type="f32"))
+    before = (tmp_path / "m.gguf").read_bytes()
+    with pytest.raises(CalledWrongly, match="would replace .*m.gguf, which is read"):
+        export(tmp_path / "m.gguf", tmp_path / "m.gguf", ExportGgufSettings(overwrite=True))
+    assert (tmp_path / "m.gguf").read_bytes() == before
 
 
 def test_all_tokens_that_end_a_text_are_kept(checkpoint, caplog, tmp_path):

@@ -212,6 +212,7 @@ def test_refusals_are_one_line_and_leave_nothing(llmctl, tokens, tmp_path):
         (("--steps", 5, "--tokens", 1000), 2, "--steps and --tokens"),
         (("--optimizer", "muno"), 2, "muno"),
         (("--init-from", "nowhere"), 1, "nowhere"),
+        (("--init-from", "out/a", "--overwrite"), 2, "out: would replace out/a, which is read"),
     ):
         text = failure(llmctl("pretrain", tokens, *flags, "-o", "out", code=code), code)
         assert said in text

@@ -145,6 +145,7 @@ def test_a_file_on_standard_input_is_not_spooled(llmctl, tmp_path):
         (("a.txt", "--tokenizer", "nowhere"), 1, "nowhere"),
         (("a.txt", "--vocab-size", "7"), 1, "a vocabulary of 7 is too small"),
         (("a.txt", *BYTES, "-o", "a.txt"), 2, "a.txt: exists already"),
+        (("a.txt", *BYTES, "-o", "a.txt", "--overwrite"), 2, "a.txt: would replace a.txt, which is read"),
         (("a.txt", *BYTES, "-o", "b.arrow", "--save-tokenizer", "full"), 2, "full: exists already"),
         (("a.txt", *BYTES, "-o", "full", "--overwrite"), 2, "full: holds file too, which --overwrite would delete"),
         (("a.txt", "-o", "b.arrow", "--save-tokenizer", "full", "--overwrite"), 2, "full: holds file too"),

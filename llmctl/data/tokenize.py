@@ -18,7 +18,7 @@ from llmctl.data.inputs import find_inputs
 from llmctl.data.prefetch import Prefetch
 from llmctl.data.tokenize_settings import TokenizeSettings, is_one_file
 from llmctl.errors import CalledWrongly, UserError
-from llmctl.files import refuse_existing, staged_directory
+from llmctl.files import refuse_existing, refuse_input, staged_directory
 from llmctl.quantities import format_size
 from llmctl.stream_header import TRAIN
 
@@ -54,7 +54,7 @@ def tokenize(
     `output` is an open binary file, the name of one file (`.arrow`), or that of a directory of shards; a name appears
     when it is complete. Returns documents, tokens and bytes per split. Raises `UserError` for empty or wrong input.
     """
-    _check_outputs(output, settings)
+    _check_outputs(paths, output, settings)
     allocator.keep_freed_memory()  # every chunk needs the same arrays again
     reader = DocumentReader(find_inputs(paths), settings.split, settings.field, settings.errors)
     if settings.tokenizer is None or settings.val_fraction:
@@ -99,7 +99,7 @@ def _write(
     return writer.counts
 
 
-def _check_outputs(output: str | os.PathLike | BinaryIO, settings: TokenizeSettings) -> None:
+def _check_outputs(paths: list[str], output: str | os.PathLike | BinaryIO, settings: TokenizeSettings) -> None:
     """Refuse before the work what would be refused after it."""
     is_directory = isinstance(output, (str, os.PathLike)) and not is_one_file(output)
     if settings.shard_tokens and not is_directory:
@@ -107,6 +107,7 @@ def _check_outputs(output: str | os.PathLike | BinaryIO, settings: TokenizeSetti
     for path, ours in ((output, ["shard-*.arrow"]), (settings.save_tokenizer, TOKENIZER_FILES)):
         if isinstance(path, (str, os.PathLike)):
             refuse_existing(path, settings.overwrite)
+            refuse_input(path, paths)
             _refuse_loss(Path(path), ours)
 
 

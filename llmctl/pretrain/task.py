@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from llmctl import files
 from llmctl.models import families
 from llmctl.models.initialization import new_model
 from llmctl.models.loading import new_empty
@@ -40,6 +41,8 @@ def pretraining(
 ) -> AbstractContextManager[Run]:
     """A pretraining run as `training` gives it."""
     planning.refuse_contradictions(settings)
+    if settings.overwrite:
+        files.refuse_input(output, filter(None, [settings.init_from, *inputs]))
     return training(Pretraining(settings), inputs, output, given, began)
 
 

@@ -44,6 +44,7 @@ def export(base: str | Path, output: str | Path, settings: ExportCSettings) -> E
     allocator.return_freed_memory()
     base = Path(base)
     files.refuse_existing(output, settings.overwrite)
+    files.refuse_input(output, [base])
     if (base / "adapter_config.json").exists():
         raise UserError(f"{base}: an adapter, which is no whole model", hint="llmctl merge-lora makes it one")
     config = stored_config(base)

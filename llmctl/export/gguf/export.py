@@ -69,6 +69,7 @@ def export(base: str | Path, output: str | Path, settings: ExportGgufSettings) -
     if output.suffix != SUFFIX:
         raise UserError(f"{output}: a GGUF file's name ends in {SUFFIX}", hint=f"-o {output}{SUFFIX}")
     files.refuse_existing(output, settings.overwrite)
+    files.refuse_input(output, [base])
     if (base / "adapter_config.json").exists():
         raise UserError(f"{base}: an adapter, which is no whole model", hint="llmctl merge-lora makes it one")
     config = architectures.in_file(stored_config(base))

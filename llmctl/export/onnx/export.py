@@ -56,6 +56,7 @@ def export(model: str | Path, output: str | Path, settings: OnnxSettings) -> Exp
     assembly = Assembly.find(model, settings.adapter, settings.force)
     provider = support.refuse(read_config(assembly.base), settings, len(assembly.adapters))
     files.refuse_existing(output, settings.overwrite)
+    files.refuse_input(output, [assembly.base, *(path for path, _ in assembly.adapters)])
     beside = assembly.adapters if settings.adapter_inputs else ()
     adapter_files = _adapter_files(beside)
     allocator.return_freed_memory()
