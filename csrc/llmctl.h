@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 /* Raised by every change to this header; the Python side refuses a library with another number. */
-#define LLMCTL_ABI 14
+#define LLMCTL_ABI 15
 
 #define LLMCTL_API __attribute__((visibility("default")))
 
@@ -93,10 +93,11 @@ enum {
 
 /* out = x weight^T + bias for x [n_rows, n_in], weight [n_out, n_in], bias [n_out] or null and out [n_rows, n_out]; the
  * strides count elements from row to row. An element of out depends on its own row of x and of weight alone, to the
- * last bit: neither on n_rows nor on the number of threads. */
-LLMCTL_API int llmctl_linear(int32_t dtype, const void* x, int64_t x_stride, const void* weight, int64_t weight_stride,
-                             const void* bias, void* out, int64_t out_stride, int64_t n_rows, int64_t n_in,
-                             int64_t n_out);
+ * last bit: neither on n_rows nor on the number of threads. With `high` not 0 floats may be multiplied as the sums of two
+ * bfloat16 each, to about 2^-16 of each product, where that is faster; what is not finite then gives NaN or infinity. */
+LLMCTL_API int llmctl_linear(int32_t dtype, int32_t high, const void* x, int64_t x_stride, const void* weight,
+                             int64_t weight_stride, const void* bias, void* out, int64_t out_stride, int64_t n_rows,
+                             int64_t n_in, int64_t n_out);
 
 /* Weights [n_out, n_in] in 4 or 8 bits: (code - zero) * scale. A unit is `unit` (32, 64 or 128) weights of one output,
  * counted from the row's first, which share a scale (float32, bfloat16 or float16) and, unless zeros is null, a zero;

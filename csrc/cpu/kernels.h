@@ -35,7 +35,7 @@ using RotateKernel = void (*)(const void* x, const void* cos, const void* sin, v
 
 struct Kernels {
     LinearKernel linear_f32, linear_bf16;
-    LinearTiles linear_tiles_bf16;
+    LinearTiles linear_tiles_f32, linear_tiles_bf16;
     QuantizeRowKernel quantize_row_f32, quantize_row_bf16;
     QuantizedLinearKernel quantized_linear_f32, quantized_linear_bf16;
     AttentionKernels attention_f32, attention_bf16;

@@ -16,7 +16,8 @@
 const llmctl::Kernels llmctl::amx_kernels = {
     linear_piece<FloatDot<Avx512Bf16, float>, 6>,
     linear_piece<Bf16Dot, 6>,
-    {pack_for_tiles, linear_on_tiles},
+    linear_tiles<float>,
+    linear_tiles<Bf16>,
     quantize_row<Avx512Bf16, float>,
     quantize_row<Avx512Bf16, Bf16>,
     quantized_tiles_piece<Avx512VnniOf<Avx512Bf16>, float>,

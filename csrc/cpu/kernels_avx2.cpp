@@ -14,6 +14,7 @@ const llmctl::Kernels llmctl::avx2_kernels = {
     linear_piece<FloatDot<Avx2, float>, 3>,
     linear_piece<FloatDot<Avx2, Bf16>, 3>,
     {},  // no tiles
+    {},
     quantize_row<Avx2, float>,
     quantize_row<Avx2, Bf16>,
     quantized_linear_piece<Avx2Int, float, 4>,

@@ -15,6 +15,7 @@ const llmctl::Kernels llmctl::avx512_bf16_kernels = {
     linear_piece<FloatDot<Avx512Bf16, float>, 6>,
     linear_piece<Bf16Dot, 6>,
     {},  // no tiles
+    {},
     quantize_row<Avx512Bf16, float>,
     quantize_row<Avx512Bf16, Bf16>,
     quantized_linear_piece<Avx512VnniOf<Avx512Bf16>, float, 8>,

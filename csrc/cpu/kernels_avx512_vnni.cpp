@@ -14,6 +14,7 @@ const llmctl::Kernels llmctl::avx512_vnni_kernels = {
     linear_piece<FloatDot<Avx512, float>, 6>,
     linear_piece<FloatDot<Avx512, Bf16>, 6>,
     {},  // no tiles
+    {},
     quantize_row<Avx512, float>,
     quantize_row<Avx512, Bf16>,
     quantized_linear_piece<Avx512Vnni, float, 8>,

@@ -14,6 +14,7 @@ const llmctl::Kernels llmctl::scalar_kernels = {
     linear_piece<FloatDot<Scalar, float>, 2>,
     linear_piece<FloatDot<Scalar, Bf16>, 2>,
     {},  // no tiles
+    {},
     quantize_row<Scalar, float>,
     quantize_row<Scalar, Bf16>,
     quantized_linear_piece<ScalarInt, float, 4>,

@@ -21,6 +21,7 @@ from llmctl.generation.completion import Completion
 from llmctl.generation.decode import decode
 from llmctl.generation.session import Session
 from llmctl.generation.settings import Sampling, resolve
+from llmctl.ops.linear import MatmulPrecision
 
 _BATCHES_PER_WINDOW = 16  # items are sorted within so many batches
 Record = dict[str, Any]
@@ -36,12 +37,13 @@ class LanguageModelJudge:
         on_long: str = "skip",
         max_new_tokens: int | None = None,
         rate: Callable[[str, str], float] | None = None,
+        matmul_precision: MatmulPrecision = "highest",
     ):
         model = session.model
         self.session, self.batch_size, self._on_long, self._rate = session, batch_size, on_long, rate
         self._max_new_tokens = max_new_tokens
         self.encoder = PairEncoder(session.tokenizer, model.config.encoder is not None)
-        self.scorer = LikelihoodScorer(model, session.marks.start, batch_size)
+        self.scorer = LikelihoodScorer(model, session.marks.start, batch_size, matmul_precision)
         self._prefix = SharedPrefix(model)
         stack = model if model.config.encoder is None else getattr(model, "encoder", model)
         positions = stack.config.max_positions
@@ -50,7 +52,9 @@ class LanguageModelJudge:
 
     @classmethod
     def of(cls, session: Session, settings: EvalSettings, rate=None) -> LanguageModelJudge:
-        return cls(session, settings.batch_size, settings.on_long, settings.max_new_tokens, rate)
+        return cls(
+            session, settings.batch_size, settings.on_long, settings.max_new_tokens, rate, settings.matmul_precision
+        )
 
     def run(self, task: Task, items: Iterable[Item]) -> Iterator[Record]:
         """The record of each item as it is done: nearly in their order, since like lengths run together."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -14,7 +15,9 @@ from llmctl.models.causal_lm import CausalLM
 from llmctl.models.rope_scaling import heeds_length
 from llmctl.ops.cross_entropy import cross_entropy_
 from llmctl.ops.dispatch import cpu_library
+from llmctl.ops.linear import MatmulPrecision, float32_products
 
+T = TypeVar("T")
 _LOGITS = 1 << 24  # so many at a time: 64 MiB in float32
 _TOKENS = 4096  # of texts that are run whole, at a time
 
@@ -42,8 +45,11 @@ class LikelihoodScorer:
     `start_id` is what the decoder of an encoder-decoder reads first: there the encoder reads the context.
     """
 
-    def __init__(self, model: CausalLM, start_id: int | None, batch_size: int = 32):
+    def __init__(
+        self, model: CausalLM, start_id: int | None, batch_size: int = 32, matmul_precision: MatmulPrecision = "highest"
+    ):
         self.model, self.batch_size, self._start_id = model, batch_size, start_id
+        self._matmul_precision = matmul_precision
         self._shared = SharedPrefix(model)
         ropes = (getattr(block.mixer, "rope", None) for block in model.config.blocks)
         # A graph that was exported gives logits of texts, and has no hidden states to ask for.
@@ -55,7 +61,7 @@ class LikelihoodScorer:
         """The number of each fork with the likelihoods of its continuations, as soon as they are there: in any order."""
         if self._reads_whole:
             for number, fork in enumerate(forks):
-                yield number, [self._run_whole(fork.context, ids) for ids in fork.continuations]
+                yield number, [self._do(self._run_whole, fork.context, ids) for ids in fork.continuations]
             return
         contexts = [fork.context for fork in forks]
         lengths = [len(fork.context) + max(map(len, fork.continuations)) for fork in forks]
@@ -63,15 +69,19 @@ class LikelihoodScorer:
             alone = [] if batch.shared else [number for number in batch.numbers if self._is_one_text(forks[number])]
             rest = [number for number in batch.numbers if number not in alone]
             for numbers in _together(alone, lengths):
-                yield from zip(numbers, self._run_texts([forks[number] for number in numbers]), strict=True)
+                yield from zip(numbers, self._do(self._run_texts, [forks[number] for number in numbers]), strict=True)
             if rest:
-                yield from zip(rest, self._run(batch.shared, [forks[number] for number in rest]), strict=True)
+                found = self._do(self._run, batch.shared, [forks[number] for number in rest])
+                yield from zip(rest, found, strict=True)
+
+    def _do(self, run: Callable[..., T], *args) -> T:
+        with torch.inference_mode(), float32_products(self._matmul_precision):
+            return run(*args)
 
     def _is_one_text(self, fork: Fork) -> bool:
         """Whether a fork is run without a cache: nothing else follows its context, in a model that only looks back."""
         return self._shared.is_possible and len(fork.continuations) == 1
 
-    @torch.inference_mode()
     def _run_texts(self, forks: list[Fork]) -> list[list[Likelihood]]:
         """Contexts with their only continuations, each read in one go; padding stands behind, where no real token sees it."""
         inputs = [[*fork.context, *fork.continuations[0][:-1]] for fork in forks]
@@ -87,7 +97,6 @@ class LikelihoodScorer:
             for (logprob, is_greedy), ids in zip(self._rated(hidden_ND, targets), targets, strict=True)
         ]
 
-    @torch.inference_mode()
     def _run_whole(self, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:
         """One text without a cache."""
         inputs_1T = torch.tensor([[*context, *continuation[:-1]]], device=self.model.device)
@@ -97,7 +106,6 @@ class LikelihoodScorer:
         is_greedy = bool((logits_NV.argmax(1) == targets_N).all())
         return Likelihood(float(logprobs_N.double().sum()), is_greedy, len(continuation))
 
-    @torch.inference_mode()
     def _run(self, shared: Sequence[int], forks: list[Fork]) -> list[list[Likelihood]]:
         cache, logits_BV = self._read_contexts(shared, forks)
         pairs = [(row, ids) for row, fork in enumerate(forks) for ids in fork.continuations]

@@ -63,6 +63,11 @@ class EvalSettings(ModelSettings):
         show_default="the window",
     )
     batch_size: int = flag(32, "Sequences that run together; the results do not depend on it.", at_least=1)
+    matmul_precision: Literal["highest", "high"] = flag(
+        "high",
+        "Of float32 products when log-likelihoods are measured: high multiplies 16 bits where that is faster, on a CPU with"
+        " a matrix unit.",
+    )
     reward: str | None = flag(
         None, "A reward model, which rates what the model generates.", type="path", metavar="MODEL"
     )

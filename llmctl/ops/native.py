@@ -13,7 +13,7 @@ from llmctl.errors import CalledWrongly, UserError
 
 log = logging.getLogger("llmctl")
 
-ABI = 14
+ABI = 15
 CHOICES = ("auto", "cuda", "cpu", "reference")
 HINT = "install the package again with a C++ compiler at hand, or set LLMCTL_KERNELS=auto"
 
@@ -35,7 +35,7 @@ SIGNATURES = {
     "llmctl_bpe_add_words": [INT, PTR, PTR, PTR, PTR, I64],
     "llmctl_bpe_add_tokens": [INT, PTR, PTR, PTR, PTR, I64],
     "llmctl_bpe_encode": [INT, PTR, PTR, PTR, I64, PTR, I64, PTR, I64, I32, PTR, PTR],
-    "llmctl_linear": [INT, I32, PTR, I64, PTR, I64, PTR, PTR, I64, I64, I64, I64],
+    "llmctl_linear": [INT, I32, I32, PTR, I64, PTR, I64, PTR, PTR, I64, I64, I64, I64],
     "llmctl_quantized_linear": [INT, I32, PTR, I64, PTR, PTR, PTR, I64, I64, I64, I64],
     "llmctl_attention": [INT, I32, PTR],
     "llmctl_activation": [INT, I32, I32, PTR, PTR, PTR, I64],
