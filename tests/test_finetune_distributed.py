@@ -28,6 +28,14 @@ CONFIGS = {
         max_position_embeddings=64,
     ),
     "gpt2": lambda v: transformers.GPT2Config(vocab_size=v, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "roberta": lambda v: transformers.RobertaConfig(
+        vocab_size=v,
+        hidden_size=16,
+        intermediate_size=36,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    ),
 }
 
 
@@ -36,7 +44,9 @@ def bases(tmp_path_factory):
     directory, tokenizer = tmp_path_factory.mktemp("bases"), Tokenizer.bytes()
     for family, config in CONFIGS.items():
         torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config(tokenizer.vocab_size))
+        config = config(tokenizer.vocab_size)
+        kind = transformers.AutoModelForMaskedLM if family == "roberta" else transformers.AutoModelForCausalLM
+        model = kind.from_config(config)
         model.save_pretrained(directory / family)
         tokenizer.save(directory / family)
     return directory
@@ -84,6 +94,8 @@ CASES = {
     "full": ("llama", "sft", ["--method", "full"]),
     "dpo": ("llama", "dpo", ["--lora-rank", "4", "--objective", "dpo"]),
     "regress": ("llama", "regress", ["--lora-rank", "4", "--objective", "regress"]),
+    "means": ("roberta", "regress", ["--method", "full", "--objective", "regress", "--pooling", "mean"]),
+    "means-lora": ("roberta", "regress", ["--objective", "regress", "--pooling", "mean"]),
 }
 QUICK = ("shared",)
 
@@ -102,6 +114,14 @@ def test_two_processes_leave_what_one_leaves(bases, data, tmp_path, case):
         assert one.shape(name) == two.shape(name)
         # the steps are of 2e-2, and AdamW magnifies the last bits of the smallest gradients
         torch.testing.assert_close(two.get(name), one.get(name), atol=2e-4, rtol=1e-3)
+    validated = [_validations(tmp_path / f"out{n}") for n in (1, 2)]
+    assert validated[0] and validated[1] == pytest.approx(validated[0], rel=1e-3)
     if is_adapter:
         said = [json.loads((tmp_path / f"out{n}" / "adapter_config.json").read_text()) for n in (1, 2)]
         assert said[0] == said[1]
+
+
+def _validations(run):
+    """Losses and, of measures, how far off the predictions are."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record.get("rmse", record["loss"]) for record in records if record["event"] == "validation"]

@@ -13,6 +13,7 @@ from torch import nn
 from llmctl.errors import UserError
 from llmctl.evaluate import scores
 from llmctl.models.language_model import LanguageModel
+from llmctl.train import state
 
 _RIDGE, _FITTED_TOKENS = 1e-3, 1024
 
@@ -23,18 +24,22 @@ class _Labelled(nn.Module):
     def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
-        self._centre: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.register_buffer("centre_ids_RT", None, persistent=False)
+        self.register_buffer("centre_lengths_R", None, persistent=False)
 
     sequences = 1
     """Texts of an example."""
 
     def forward(self, *batch: torch.Tensor | None) -> torch.Tensor:
-        """As `_result` has it, of the rows of an `ExampleBatch`."""
+        """As `_result` has it, of the rows of an `ExampleBatch`; of one that says nothing of what counts, the whole features."""
+        if batch[-1] is None:
+            inputs_BT, _, lengths_B, *_ = batch
+            return self.model.features(inputs_BT, _is_real(inputs_BT, lengths_B))
         return self.loss(*self.features(*batch))
 
     def features(self, inputs_BT, targets_BT, lengths_B, labels, counted) -> tuple[torch.Tensor, ...]:
         """What the head gets of each text, [B, D], and the rest of what `loss` takes."""
-        if self._centre is None:
+        if self.centre_ids_RT is None:
             features_BD = self.model.features(inputs_BT, _is_real(inputs_BT, lengths_B))
         else:
             features_BD = self._from_centre(inputs_BT, lengths_B)
@@ -42,7 +47,7 @@ class _Labelled(nn.Module):
 
     def _from_centre(self, inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """The features [B, D] less the centre's, which go through the model beside them."""
-        ids_RT, lengths_R = self._centre
+        ids_RT, lengths_R = self.centre_ids_RT, self.centre_lengths_R
         width, count = max(inputs_BT.shape[1], ids_RT.shape[1]), len(inputs_BT)
         ids_NT = torch.cat([F.pad(ids, (0, width - ids.shape[1])) for ids in (inputs_BT, ids_RT)])
         features_ND = self.model.features(ids_NT, _is_real(ids_NT, torch.cat([lengths_B, lengths_R])))
@@ -67,20 +72,33 @@ class _Labelled(nn.Module):
         """
         learns = any(p.requires_grad for name, p in self.model.named_parameters() if not name.startswith("classifier."))
         if self.model.config.classifier.at == "mean" and self.model.classifier.dense is not None and learns:
-            self._centre = inputs_RT, lengths_R
-            self._move_zero(1)
+            self.centre_ids_RT, self.centre_lengths_R = inputs_RT, lengths_R
+            if not inputs_RT.is_meta:  # else this process gets its share of a head whose zero another has moved
+                self._move_zero(1)
 
     def _move_zero(self, sign: int) -> None:
         """Let the head's first layer give for features less the centre's what it gave for whole ones (-1: the other way)."""
-        ids_RT, lengths_R = self._centre
-        dense, was_training = self.model.classifier.dense, self.model.training
-        centre_D = self.model.eval().features(ids_RT, _is_real(ids_RT, lengths_R)).mean(0).to(dense.weight.dtype)
-        dense.bias.add_(dense.weight @ centre_D, alpha=sign)
-        self.model.train(was_training)
+        dense = self.model.classifier.dense
+        centre_D = self._centre_D().to(dense.weight.dtype)
+        state.copy_into(dense.bias, _whole(dense.bias) + sign * _whole(dense.weight) @ centre_D)
+
+    def _centre_D(self) -> torch.Tensor:
+        """What the model makes of the centre's texts, their mean; of a sharded one every process must ask for it."""
+        was_training = self.training
+        features_RD = self.eval()(self.centre_ids_RT, None, self.centre_lengths_R, None, None)
+        self.train(was_training)
+        self._reshard()
+        return features_RD.mean(0)
+
+    def _reshard(self) -> None:
+        """Of a sharded model every process lets go of the whole parameters that it has gathered, which would be stale soon."""
+        if hasattr(self, "reshard"):
+            self.reshard()
 
     @contextlib.contextmanager
     def as_saved(self) -> Iterator[None]:
         """Within the block the model alone gives what this objective makes of it; after it every bit is as before."""
+        self._reshard()
         parameters = list(self.model.classifier.parameters())
         before = [parameter.detach().clone() for parameter in parameters]
         with torch.no_grad():
@@ -93,7 +111,7 @@ class _Labelled(nn.Module):
                     parameter.copy_(value)
 
     def _finish(self) -> None:
-        if self._centre is not None:
+        if self.centre_ids_RT is not None:
             self._move_zero(-1)
 
     def _result(self, losses_N: torch.Tensor, counted_N: torch.Tensor, *beside: torch.Tensor) -> torch.Tensor:
@@ -196,6 +214,11 @@ class Reward(_Labelled):
 
     def metrics(self, is_right_1P: torch.Tensor) -> dict[str, float]:
         return {"accuracy": is_right_1P.mean().item()}
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    """Of which this process may hold a shard; then every process must ask for it."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
 def _is_real(inputs_BT: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,9 @@ def finetuning(
     planning.refuse_contradictions(settings)
     if settings.overwrite:
         files.refuse_input(output, filter(None, [model, settings.teacher, settings.retain, *inputs]))
+    # What a learned model gives no weight has gradients too small for normal floats, which a CPU takes a hundred cycles each
+    # for: zero is as good. Threads that start after this have it too.
+    torch.set_flush_denormal(True)
     return training(Finetuning(planning.with_length(settings), model), inputs, output, given, began)
 
 
@@ -217,12 +220,12 @@ class Finetuning(Task):
         else:
             objective = {"classify": Classification, "reward": Reward}[self.examples.objective](model)
         device = model.embed_tokens.weight.device
-        if not self._has_head and device.type != "meta":  # else this process gets its share of another's
+        if not self._has_head:
             some = PaddedExamples(self.examples, "train", 1, seed=self.settings.seed).train_batch(0, FIRST_TEXTS)
             inputs_BT, _, lengths_B, *_ = some.tensors(device)
-            objective.begin_with(inputs_BT, lengths_B)
-            if distributed.world_size() == 1:  # processes that hold parts of a head cannot move its zero
-                objective.centre_on(inputs_BT[:CENTRE_TEXTS], lengths_B[:CENTRE_TEXTS])
+            if device.type != "meta":  # else this process gets its share of another's
+                objective.begin_with(inputs_BT, lengths_B)
+            objective.centre_on(inputs_BT[:CENTRE_TEXTS], lengths_B[:CENTRE_TEXTS])
         return objective
 
     def _objective(self, model: LanguageModel, device: torch.device) -> nn.Module:
