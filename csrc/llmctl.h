@@ -350,6 +350,15 @@ LLMCTL_API int llmctl_cuda_attention_scratch(const llmctl_attention_args* args, 
 LLMCTL_API int llmctl_cuda_attention(int32_t dtype, const llmctl_attention_args* args, void* scratch, void* stream);
 LLMCTL_API int llmctl_cuda_sample(const llmctl_sample_args* args, int64_t* tokens, void* stream);
 
+/* x -> x weight^T + bias with weights in few bits, which are read once for every 32 rows: sums of exact products, but for
+ * float32's own rounding. `weight` itself is of the host, what it points at of the device. */
+LLMCTL_API int llmctl_cuda_quantized_linear_scratch(const llmctl_quantized_weight* weight, int64_t n_rows, int64_t* bytes);
+LLMCTL_API int llmctl_cuda_quantized_linear(int32_t dtype, const void* x, int64_t x_stride,
+                                            const llmctl_quantized_weight* weight, const void* bias, void* out,
+                                            int64_t out_stride, int64_t n_rows, void* scratch, void* stream);
+/* The weights themselves, rounded once: out [n_out, n_in], contiguous. */
+LLMCTL_API int llmctl_cuda_dequantize(int32_t dtype, const llmctl_quantized_weight* weight, void* out, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

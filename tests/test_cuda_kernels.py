@@ -16,7 +16,7 @@ import torch
 from llmctl.generation.rules import Rules
 from llmctl.generation.sampling import Sampler
 from llmctl.generation.settings import Sampling, resolve
-from llmctl.ops import activation, cached_attention, native, norm, rotary, sampling
+from llmctl.ops import activation, cached_attention, native, norm, quantized_linear, rotary, sampling
 from llmctl.ops.attention import attention_weights
 from llmctl.ops.dispatch import cuda_stream
 from llmctl.ops.visibility import Visibility
@@ -148,6 +148,94 @@ def test_attention_of_extreme_scores(library, dtype):
     close(attended(library, q, k, v, seen), weighted(q, k, v, seen).to(dtype), dtype)
     k[0, 0, 3, 0] = math.nan
     assert attended(library, q, k, v, seen).isnan().all()
+
+
+def random_weight(bits, n_out, n_in, group_size, with_zeros, scale_dtype):
+    codes = torch.randint(0, 1 << bits, (n_out, n_in), dtype=torch.uint8)
+    shape = n_out, -(-n_in // group_size)
+    # float32 scales are none of 16 bits, and float16 ones none of bfloat16
+    scales = ((torch.rand(shape) + 0.5) * 0.02).to(scale_dtype).float()
+    zeros = torch.randint(0, (1 << bits) - (bits == 8) + 1, shape, dtype=torch.uint8) if with_zeros else None
+    weight = quantized_linear.quantized_weight(codes, scales, zeros, bits, group_size)
+    assert weight.scales_PBU16.dtype == scale_dtype or scales.numel() < 5
+    return weight
+
+
+def check_product(library, x, weight, bias=None):
+    found = quantized_linear.on_cuda(library, x, weight, bias)
+    exact_weight = quantized_linear.dequantized(weight, torch.float64)
+    expected = torch.nn.functional.linear(x.double(), exact_weight, None if bias is None else bias.double())
+    size = x.double().abs() @ exact_weight.abs().T + (0.0 if bias is None else bias.double().abs())
+    rounding = 2.0**-8 if x.dtype == torch.bfloat16 else 2.0**-23
+    if x.numel() // weight.n_in > quantized_linear.FEW_ROWS:  # with weights that have been rounded
+        size = size * (2.0**-8 if x.dtype == torch.bfloat16 else 1e-6)
+    else:
+        size = size * 2e-6
+    assert found.dtype == x.dtype and found.shape == expected.shape
+    assert ((found.double() - expected).abs() <= rounding * expected.abs() + size).all()
+
+
+SCALES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 1000])
+@pytest.mark.parametrize("rows, n_out, n_in", [(1, 1, 1), (1, 33, 300), (3, 50, 128), (9, 16, 517), (35, 20, 260)])
+def test_quantized_linear(library, bits, dtype, group_size, rows, n_out, n_in):
+    torch.manual_seed(rows + group_size)
+    for case, (with_zeros, scale_dtype) in enumerate([(False, SCALES[n_out % 3]), (True, SCALES[rows % 3])]):
+        weight = random_weight(bits, n_out, n_in, group_size, with_zeros, scale_dtype)
+        x = torch.randn(rows, n_in + case).to(dtype)[:, case:]  # aligned and not
+        check_product(library, x, weight, torch.randn(n_out).to(dtype) if case else None)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_linear_of_long_rows_in_pieces(library, bits):
+    weight = random_weight(bits, 40, 4400, 128, True, torch.float16)
+    size = ctypes.c_int64()
+    native.call(
+        library, "llmctl_cuda_quantized_linear_scratch", ctypes.byref(weight.args()), 2, ctypes.byref(size)
+    )
+    assert size.value >= 2 * 2 * 40 * 4
+    check_product(library, torch.randn(2, 1, 4400).bfloat16(), weight, torch.randn(40).bfloat16())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_code_and_zero_is_exact(library, bits, dtype):
+    """Row i of x picks weight i: what comes out is that weight, and nothing else."""
+    count = 1 << bits
+    codes = torch.arange(count, dtype=torch.uint8)[None].expand(count, count)
+    zeros = torch.arange(count)[:, None].to(torch.uint8).expand(count, -(-count // 32))
+    weight = quantized_linear.quantized_weight(codes, torch.full(zeros.shape, 0.5), zeros, bits, 32)
+    found = torch.cat([quantized_linear.on_cuda(library, part, weight) for part in torch.eye(count).to(dtype).split(32)])
+    assert torch.equal(found, quantized_linear.dequantized(weight, dtype).T)
+    assert torch.equal(
+        quantized_linear.dequantized_on_cuda(library, weight, dtype), quantized_linear.dequantized(weight, dtype)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantized_linear_of_extreme_inputs(library, dtype):
+    weight = random_weight(4, 24, 200, 32, False, torch.float32)
+    x = torch.randn(6, 200).to(dtype)
+    x[0], x[1, 3], x[2, 190], x[3] = 0.0, math.nan, math.inf, torch.finfo(dtype).tiny / 8
+    x[4] *= 1e30
+    found = quantized_linear.on_cuda(library, x, weight)
+    assert (found[0] == 0).all() and found[1].isnan().all() and not found[2].isfinite().any()
+    check_product(library, x[4:5], weight)
+    assert found[3].isfinite().all() and torch.equal(found[5:], quantized_linear.on_cuda(library, x[5:], weight))
+
+
+@pytest.mark.parametrize("scale_dtype", SCALES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_dequantize(library, bits, scale_dtype):
+    for n_out, n_in, group_size in [(1, 1, 32), (37, 300, 64), (16, 128, 128)]:
+        weight = random_weight(bits, n_out, n_in, group_size, n_out == 37, scale_dtype)
+        for dtype in DTYPES:
+            found = quantized_linear.dequantized_on_cuda(library, weight, dtype)
+            assert torch.equal(found, quantized_linear.dequantized(weight, dtype))
 
 
 def drawn(library, rows, logits, position=0):

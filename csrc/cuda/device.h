@@ -36,6 +36,12 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 __device__ __forceinline__ void store(Bf16* to, float x) { to->bits = bf16_bits(x); }
 
+// As many 32-bit words as one load can bring.
+template <int N>
+struct alignas(4 * N) Words {
+    uint32_t of[N];
+};
+
 struct Sum {
     template <class T>
     __device__ T operator()(T a, T b) const {

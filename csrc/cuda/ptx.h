@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cuda/device.h"
+
 namespace llmctl {
 namespace cuda {
 
@@ -28,6 +30,31 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int Pending>
 __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
+
+// Words that nobody writes while the kernel runs: those that are read once leave the first-level cache to others.
+template <int N>
+__device__ __forceinline__ Words<N> load_again(const void* from) {
+    return *static_cast<const Words<N>*>(from);
+}
+__device__ __forceinline__ Words<4> load_16_bytes_once(const void* from) {
+    Words<4> to;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(to.of[0]), "=r"(to.of[1]), "=r"(to.of[2]), "=r"(to.of[3])
+        : "l"(from));
+    return to;
+}
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+// Of two pairs of bfloat16: compute capability 8.0 has no plain addition.
+__device__ __forceinline__ uint32_t add_bf16_pair(uint32_t a, uint32_t b) {
+    uint32_t sum;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(sum) : "r"(a), "r"(0x3F803F80u), "r"(b));
+    return sum;
 }
 
 // c += a b of a 16 x 16 and a 16 x 8 matrix of bfloat16, spread over the warp as mma.m16n8k16 has it.

@@ -58,6 +58,9 @@ SIGNATURES = {
     "llmctl_cuda_attention_scratch": [INT, PTR, PTR],
     "llmctl_cuda_attention": [INT, I32, PTR, PTR, PTR],
     "llmctl_cuda_sample": [INT, PTR, PTR, PTR],
+    "llmctl_cuda_quantized_linear_scratch": [INT, PTR, I64, PTR],
+    "llmctl_cuda_quantized_linear": [INT, I32, PTR, I64, PTR, PTR, PTR, I64, I64, PTR, PTR],
+    "llmctl_cuda_dequantize": [INT, I32, PTR, PTR, PTR],
 }
 
 # Bit by bit, the LLMCTL_CPU_* of csrc/llmctl.h.

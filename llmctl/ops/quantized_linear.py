@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from llmctl.ops import huge_pages, native
-from llmctl.ops.dispatch import DTYPES, cpu_library, is_inference
+from llmctl.ops.dispatch import DTYPES, cpu_library, cuda_library, cuda_stream, is_inference
 
 PANEL, BLOCK, RUN, QUAD = 16, 128, 32, 4
 """Outputs side by side; weights that share a rounding of x; weights that share a scale at least; weights side by side."""
+FEW_ROWS = 32
+"""For so many a CUDA device reads the weights but once; for more they are unpacked, and torch multiplies."""
 SCALE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """LLMCTL_F32, LLMCTL_BF16 and LLMCTL_F16 of csrc/llmctl.h."""
 
@@ -94,12 +96,12 @@ def quantized_weight(
 
 def unpacked(weight: QuantizedWeight) -> torch.Tensor:
     """The codes again, uint8 [N, K]."""
-    return _codes_of(weight, torch.arange(weight.n_out))
+    return _codes_of(weight, _every_row(weight))
 
 
 def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
     """[N, K] weights, rounded once."""
-    return quantized_rows(weight, torch.arange(weight.n_out), dtype)
+    return _values_of(weight, _every_row(weight)).to(dtype)
 
 
 def quantized_rows(weight: QuantizedWeight, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -107,10 +109,7 @@ def quantized_rows(weight: QuantizedWeight, ids: torch.Tensor, dtype: torch.dtyp
     chosen = ids.reshape(-1)
     if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < weight.n_out:
         raise IndexError(f"row {int(chosen.min())} to {int(chosen.max())} of {weight.n_out}")
-    codes = _codes_of(weight, chosen)
-    zeros = 1 << (weight.bits - 1) if weight.zeros_PBU16 is None else _of_each(weight, weight.zeros_PBU16, chosen)
-    values = (codes.float() - zeros) * _of_each(weight, weight.scales_PBU16, chosen)
-    return values.to(dtype).view(*ids.shape, weight.n_in)
+    return _values_of(weight, chosen).to(dtype).view(*ids.shape, weight.n_in)
 
 
 def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -119,18 +118,54 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
     Without a gradient on a CPU the kernel multiplies whole numbers: see `reference`. There a row of the result has the same
     bits whatever the other rows are and how many there are. Otherwise the weights are dequantized to the dtype of x.
     """
+    if (device := cuda_library(x, bias)) and weight.codes_PB.device == x.device:
+        return on_cuda(device, x, weight, bias)
     library = cpu_library() if is_inference(x, bias) else None
     if library is None:
         return F.linear(x, dequantized(weight, x.dtype).to(x.device), bias)
+    out, *operands = _operands(x, weight, bias)
+    sizes = x.numel() // weight.n_in, weight.n_in, weight.n_out
+    native.call(library, "llmctl_quantized_linear", *operands, *sizes)
+    return out
+
+
+def on_cuda(
+    library: ctypes.CDLL, x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`quantized_linear` by the CUDA kernels: sums of exact products for few rows, else torch's product with the weights
+    rounded to the dtype of x."""
+    n_rows = x.numel() // weight.n_in
+    if n_rows > FEW_ROWS:
+        return F.linear(x, dequantized_on_cuda(library, weight, x.dtype), bias)
+    size, packed = ctypes.c_int64(), weight.args()
+    native.call(library, "llmctl_cuda_quantized_linear_scratch", ctypes.byref(packed), n_rows, ctypes.byref(size))
+    scratch = torch.empty(size.value, dtype=torch.uint8, device=x.device)
+    out, *operands = _operands(x, weight, bias)
+    rest = n_rows, scratch.data_ptr(), cuda_stream(x)
+    native.call(library, "llmctl_cuda_quantized_linear", *operands, *rest)
+    return out
+
+
+def dequantized_on_cuda(library: ctypes.CDLL, weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """`dequantized` by the CUDA kernel."""
+    out = torch.empty(weight.n_out, weight.n_in, dtype=dtype, device=weight.codes_PB.device)
+    packed = weight.args()
+    native.call(
+        library, "llmctl_cuda_dequantize", DTYPES[dtype], ctypes.byref(packed), out.data_ptr(), cuda_stream(out)
+    )
+    return out
+
+
+def _operands(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None) -> tuple:
+    """The result, yet to be filled, and what comes first in a call of a kernel."""
     if x.shape[-1] != weight.n_in:
         raise ValueError(f"x has {x.shape[-1]} columns, the weights {weight.n_in}")
     rows = x.reshape(-1, weight.n_in)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     out = x.new_empty(*x.shape[:-1], weight.n_out)
     bias = None if bias is None else bias.contiguous()
-    native.call(
-        library,
-        "llmctl_quantized_linear",
+    return (
+        out,
         DTYPES[x.dtype],
         rows.data_ptr(),
         rows.stride(0),
@@ -138,11 +173,7 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         weight.n_out,
-        rows.shape[0],
-        weight.n_in,
-        weight.n_out,
     )
-    return out
 
 
 def reference(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -155,6 +186,16 @@ def reference(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | Non
     rounded = ((blocks * factor).round().double() * (largest / levels)).flatten(-2)[..., : weight.n_in]
     rounded = torch.where(x.isfinite().all(-1, keepdim=True), rounded, torch.nan)
     return F.linear(rounded, dequantized(weight, torch.float64), None if bias is None else bias.double()).to(x.dtype)
+
+
+def _every_row(weight: QuantizedWeight) -> torch.Tensor:
+    return torch.arange(weight.n_out, device=weight.codes_PB.device)
+
+
+def _values_of(weight: QuantizedWeight, ids: torch.Tensor) -> torch.Tensor:
+    """float32 [len(ids), K]"""
+    zeros = 1 << (weight.bits - 1) if weight.zeros_PBU16 is None else _of_each(weight, weight.zeros_PBU16, ids)
+    return (_codes_of(weight, ids).float() - zeros) * _of_each(weight, weight.scales_PBU16, ids)
 
 
 def _check_bytes(name: str, values: torch.Tensor, largest: int) -> None:

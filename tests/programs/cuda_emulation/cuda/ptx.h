@@ -3,6 +3,8 @@
 
 #include <cuda_runtime.h>
 
+#include "cuda/device.h"
+
 namespace llmctl {
 namespace cuda {
 
@@ -19,7 +21,26 @@ inline void commit_copies() {}
 template <int Pending>
 void wait_for_copies() {}
 
+template <int N>
+Words<N> load_again(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % (4 * N)) std::abort();
+    return *static_cast<const Words<N>*>(from);
+}
+inline Words<4> load_16_bytes_once(const void* from) { return load_again<4>(from); }
+
+inline float half_to_float(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float size = exponent == 31   ? fraction ? NAN : INFINITY
+                       : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                       : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+    return bits & 0x8000 ? -size : size;
+}
+
 inline float half_of(uint32_t pair, int which) { return __uint_as_float(which ? pair & 0xFFFF0000u : pair << 16); }
+
+inline uint32_t add_bf16_pair(uint32_t a, uint32_t b) {
+    return bf16_pair(half_of(a, 0) + half_of(b, 0), half_of(a, 1) + half_of(b, 1));
+}
 
 // 9.7.14 of the PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".
 inline void multiply_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
