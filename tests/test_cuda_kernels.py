@@ -194,9 +194,7 @@ def test_quantized_linear(library, bits, dtype, group_size, rows, n_out, n_in):
 def test_quantized_linear_of_long_rows_in_pieces(library, bits):
     weight = random_weight(bits, 40, 4400, 128, True, torch.float16)
     size = ctypes.c_int64()
-    native.call(
-        library, "llmctl_cuda_quantized_linear_scratch", ctypes.byref(weight.args()), 2, ctypes.byref(size)
-    )
+    native.call(library, "llmctl_cuda_quantized_linear_scratch", ctypes.byref(weight.args()), 2, ctypes.byref(size))
     assert size.value >= 2 * 2 * 40 * 4
     check_product(library, torch.randn(2, 1, 4400).bfloat16(), weight, torch.randn(40).bfloat16())
 
@@ -209,7 +207,9 @@ def test_every_code_and_zero_is_exact(library, bits, dtype):
     codes = torch.arange(count, dtype=torch.uint8)[None].expand(count, count)
     zeros = torch.arange(count)[:, None].to(torch.uint8).expand(count, -(-count // 32))
     weight = quantized_linear.quantized_weight(codes, torch.full(zeros.shape, 0.5), zeros, bits, 32)
-    found = torch.cat([quantized_linear.on_cuda(library, part, weight) for part in torch.eye(count).to(dtype).split(32)])
+    found = torch.cat(
+        [quantized_linear.on_cuda(library, part, weight) for part in torch.eye(count).to(dtype).split(32)]
+    )
     assert torch.equal(found, quantized_linear.dequantized(weight, dtype).T)
     assert torch.equal(
         quantized_linear.dequantized_on_cuda(library, weight, dtype), quantized_linear.dequantized(weight, dtype)

@@ -167,6 +167,12 @@ def test_another_abi_is_refused(monkeypatch, fresh):
         native.load()
 
 
+def test_a_library_without_a_function_is_refused(monkeypatch, fresh):
+    monkeypatch.setitem(native.SIGNATURES, "llmctl_of_tomorrow", [ctypes.c_int])
+    with pytest.raises(UserError, match="lacks llmctl_of_tomorrow"):
+        native.load()
+
+
 @pytest.mark.parametrize("kernels", ["auto", "cpu"])
 def test_an_instruction_set_that_cannot_be_used_is_refused(kernels, monkeypatch, fresh):
     monkeypatch.setenv("LLMCTL_KERNELS", kernels)

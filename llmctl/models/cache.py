@@ -14,6 +14,7 @@ from llmctl.models.config import Attention, Mamba, Mamba2, ModelConfig, Recurren
 from llmctl.models.memory import Memory
 
 if TYPE_CHECKING:
+    from llmctl.models.decode_graph import DecodeGraph
     from llmctl.models.decode_step import DecodeStep
 
 
@@ -22,7 +23,7 @@ class Cache:
 
     Layers write at `length`; the stack alone advances it, once per forward. With left-padded rows, `starts_B` (int64) is the
     number of padding slots in front of each row: those are never attended to and positions count from behind them.
-    `step` runs the model in one call where it can (see `decode_step`).
+    `step` runs the model in one call where it can (see `decode_step`, and `decode_graph` of CUDA devices).
     `memory` is what an encoder made of each row's source. Where the angles of a rope jump at some length (LongRoPE), the token
     ids are kept too: a row that outgrows it is read again, or its keys would have both kinds.
     """
@@ -40,7 +41,7 @@ class Cache:
         self.length, self.capacity, self.starts_B, self.memory = 0, capacity, starts_B, memory
         self._switch_length = rope_scaling.switch_length(config)
         self._ids_BT: torch.Tensor | None = None
-        self.step: DecodeStep | None = None
+        self.step: DecodeStep | DecodeGraph | None = None
         self.layers = [
             _new_entry(config.block(i).mixer, batch_size, capacity, dtype, device) for i in range(config.n_layers)
         ]
@@ -119,9 +120,24 @@ class KeyValues:
         end, capacity = at + k_BGTK.shape[2], self.keys.shape[2]
         if end > capacity:
             raise ValueError(f"the cache holds {capacity} positions; {end} were asked of it")
-        self.keys[:, :, at:end] = k_BGTK
-        self.values[:, :, at:end] = v_BGTK
-        return self.keys[:, :, :end].to(k_BGTK.dtype), self.values[:, :, :end].to(v_BGTK.dtype)
+        for to, new in zip(self.tensors, self._stored(k_BGTK, v_BGTK), strict=True):
+            to[:, :, at:end] = new
+        return self._up_to(end, k_BGTK.dtype)
+
+    def put(
+        self, at_1: torch.Tensor, k_BG1K: torch.Tensor, v_BG1K: torch.Tensor, end: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one entry where a tensor says, and return all keys and values in front of `end`."""
+        for to, new in zip(self.tensors, self._stored(k_BG1K, v_BG1K), strict=True):
+            to.index_copy_(2, at_1, new)
+        return self._up_to(end, k_BG1K.dtype)
+
+    def _stored(self, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the `tensors` hold of them."""
+        return k_BGTK.to(self.keys.dtype), v_BGTK.to(self.values.dtype)
+
+    def _up_to(self, end: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys[:, :, :end].to(dtype), self.values[:, :, :end].to(dtype)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -156,13 +172,13 @@ class QuantizedKeyValues(KeyValues):
         self.key_scales = torch.zeros(self.keys.shape[:3], device=device)
         self.value_scales = torch.zeros_like(self.key_scales)
 
-    def append(self, at: int, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        end = at + k_BGTK.shape[2]
-        (new_keys, key_scales), (new_values, value_scales) = _encoded(k_BGTK), _encoded(v_BGTK)
-        keys, values = super().append(at, new_keys, new_values)
-        self.key_scales[:, :, at:end], self.value_scales[:, :, at:end] = key_scales, value_scales
-        keys, values = _decoded(keys, self.key_scales[:, :, :end]), _decoded(values, self.value_scales[:, :, :end])
-        return keys.to(k_BGTK.dtype), values.to(v_BGTK.dtype)
+    def _stored(self, k_BGTK: torch.Tensor, v_BGTK: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (keys, key_scales), (values, value_scales) = _encoded(k_BGTK), _encoded(v_BGTK)
+        return keys, values, key_scales, value_scales
+
+    def _up_to(self, end: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values, key_scales, value_scales = (tensor[:, :, :end] for tensor in self.tensors)
+        return _decoded(keys, key_scales).to(dtype), _decoded(values, value_scales).to(dtype)
 
 
 def _encoded(x_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

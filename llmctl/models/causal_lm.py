@@ -8,8 +8,8 @@ import torch
 
 from llmctl.models.cache import Cache
 from llmctl.models.context import Context, padding_of
+from llmctl.models.decode_graph import DecodeGraph
 from llmctl.models.decode_step import DecodeStep
-from llmctl.models.head import softcapped
 from llmctl.models.language_model import LanguageModel
 from llmctl.models.memory import Memory
 from llmctl.ops.sampling import Settings
@@ -78,7 +78,7 @@ class CausalLM(LanguageModel):
     def next_logits(self, input_ids_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Logits [B, V] of what follows when these ids have continued what the cache holds."""
         if cache.step is not None and cache.step.takes(input_ids_BT):
-            return softcapped(self.config.head, cache.step.logits(input_ids_BT, cache))
+            return cache.step.logits(input_ids_BT, cache)
         return self.logits(self.hidden(input_ids_BT, cache=cache)[:, -1])
 
     def next_tokens(
@@ -111,5 +111,5 @@ class CausalLM(LanguageModel):
         dtype = weight.dtype if self.cache_dtype is None else self.cache_dtype
         dtype = weight.dtype if dtype.itemsize >= weight.dtype.itemsize else dtype
         cache = Cache(self.config, len(continued), capacity, dtype, weight.device, starts_B)
-        cache.step = DecodeStep.of(self)
+        cache.step = DecodeStep.of(self) or DecodeGraph.of(self)
         return cache, inputs_BT.to(weight.device)

@@ -9,6 +9,7 @@ from llmctl.models import config, norm, rope_scaling
 from llmctl.models.attention import Attention
 from llmctl.models.cache import Cache
 from llmctl.models.ffn import GatedMlp, Mlp
+from llmctl.models.head import softcapped
 from llmctl.models.linear import Linear
 from llmctl.models.quantized_linear import QuantizedLinear
 from llmctl.models.transformer import Block, Stack
@@ -32,7 +33,7 @@ class DecodeStep:
         self._kept: list[object] = []
         self._dtype = model.embed_tokens.weight.dtype
         self._model = model
-        _check_stack(model)
+        check_stack(model)
         self._layers = (ops.Layer * len(model.layers))(*(self._layer(layer) for layer in model.layers))
         self._decoder = self._described()
         self._rotaries = (ops.Rotary * len(model.rotaries))()
@@ -60,11 +61,11 @@ class DecodeStep:
         return is_plain and ids_BT.is_cpu
 
     def logits(self, ids_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """[B, V] of what follows the ids, which continue what the cache holds, in front of a head's softcap."""
+        """[B, V] of what follows the ids, which continue what the cache holds."""
         logits_BV = torch.empty(ids_BT.shape[0], self._decoder.head.n_out, dtype=self._dtype)
         self._args.logits, self._args.sampling = logits_BV.data_ptr(), None
         self._run(ids_BT, cache)
-        return logits_BV
+        return softcapped(self._model.config.head, logits_BV)
 
     def draw(
         self, ids_BT: torch.Tensor, cache: Cache, settings: Settings, position: int, n_steps: int = 1
@@ -168,7 +169,7 @@ class DecodeStep:
         )
 
     def _norm(self, module: nn.Module) -> ops.Norm:
-        _check_module(module)
+        check_module(module)
         match module:
             case nn.Identity():
                 return ops.Norm()
@@ -180,7 +181,7 @@ class DecodeStep:
         raise NotCovered(type(module).__name__)
 
     def _matrix(self, module: nn.Module) -> ops.Matrix:
-        _check_module(module)
+        check_module(module)
         if type(module) is Linear:
             return self._matrix_of(module.weight, module.bias)
         if type(module) is not QuantizedLinear or module.quantized is None or module.columns_K is not None:
@@ -207,7 +208,8 @@ class DecodeStep:
         return tensor
 
 
-def _check_stack(model: Stack) -> None:
+def check_stack(model: Stack) -> None:
+    """NotCovered for anything but a dense decoder whose positions do not depend on a text's length."""
     spec = model.config
     has_more = model.virtual is not None or model.embed_types is not None or model.relative_bias is not None
     has_more |= spec.head.transform is not None or spec.float32_residual or spec.token_dropout is not None
@@ -226,16 +228,16 @@ def _check_stack(model: Stack) -> None:
         raise NotCovered(spec.family)
     for layer in model.layers:
         for module, kinds in ((layer, [Block]), (layer.mixer, [Attention]), (layer.ffn, [Mlp, GatedMlp])):
-            _check_module(module)
+            check_module(module)
             if type(module) not in kinds or (module.training and spec.dropout):
                 raise NotCovered(type(module).__name__)
-    _check_module(model)
-    _check_module(model.embed_tokens)
+    check_module(model)
+    check_module(model.embed_tokens)
     if type(model.embed_tokens) is not nn.Embedding:
         raise NotCovered(type(model.embed_tokens).__name__)
 
 
-def _check_module(module: nn.Module) -> None:
+def check_module(module: nn.Module) -> None:
     """NotCovered where somebody else has a hand in the forward pass."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         raise NotCovered(f"hooks of {type(module).__name__}")

@@ -121,7 +121,9 @@ def load() -> ctypes.CDLL:
     if found != ABI:
         raise UserError(f"{path()} has ABI {found}, this package needs {ABI}", hint=HINT)
     for name, (result, *arguments) in SIGNATURES.items():
-        function = getattr(native, name)
+        function = getattr(native, name, None)
+        if function is None:
+            raise UserError(f"{path()} is older than this package: it lacks {name}", hint=HINT)
         function.restype, function.argtypes = result, arguments
     isa = os.environ.get("LLMCTL_ISA")
     if isa and native.llmctl_set_isa(isa.encode()):
