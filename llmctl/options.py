@@ -183,6 +183,12 @@ def given(name: str) -> bool:
     return source not in (None, click.core.ParameterSource.DEFAULT)
 
 
+def typed_fields(settings) -> frozenset[str]:
+    """The fields of a settings object that stand on the command line."""
+    ctx, typed = click.get_current_context(), click.core.ParameterSource.COMMANDLINE
+    return frozenset(f.name for f in dataclasses.fields(settings) if ctx.get_parameter_source(f.name) is typed)
+
+
 def given_fields(settings) -> frozenset[str]:
     """The fields of a settings object that were set by anyone, rather than left at their defaults."""
     return frozenset(field.name for field in dataclasses.fields(settings) if given(field.name))

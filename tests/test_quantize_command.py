@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from llmctl import lineage
+from llmctl import agreement, lineage
 from llmctl.errors import CalledWrongly
 from llmctl.finetune import adapter, methods
 from llmctl.finetune.assembly import Assembly
@@ -90,6 +90,29 @@ def test_exit_codes(llmctl, base, tmp_path):
     failed = llmctl("quantize", base, "-o", "out", "--group-size", "32", "--tolerance", "1e-9", code=3)
     assert "KL divergence" in failed.stderr and "--tolerance" in failed.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flag_that_would_do_nothing_is_refused_though_it_says_the_default(llmctl, base, tmp_path):
+    refused = llmctl("quantize", base, "-o", "out", "--act-order", code=2)
+    assert "--act-order is for --method gptq, not rtn" in refused.stderr
+    (tmp_path / "recipe.yaml").write_text("damping: 0.01\ngroup-size: 32\n")  # as a whole one of defaults may say
+    llmctl("quantize", base, "-o", "out", "--recipe", "recipe.yaml")
+
+
+def test_what_is_printed_is_what_runs_here(base, tmp_path, monkeypatch):
+    """By the weights alone, and by products as a loaded model has them."""
+    monkeypatch.delenv("LLMCTL_KERNELS")
+    found = quantize(base, tmp_path / "out", QuantizeSettings(format="int8", keep=""))
+    assert found.running is not None and found.running != found.agreement
+    ids = agreement.probe_ids(Tokenizer.bytes(), 257)
+    plain = StreamedModel(base)
+    loaded = agreement.measure(plain.logits, load_model(tmp_path / "out"), ids)
+    assert found.running.kl_divergence == pytest.approx(loaded.kl_divergence, rel=1e-3)
+    assert found.running.perplexity_after == pytest.approx(loaded.perplexity_after, rel=1e-5)
+    assert lineage.read(tmp_path / "out").metrics["running"]["kl_divergence"] == found.running.kl_divergence
+    monkeypatch.setenv("LLMCTL_KERNELS", "reference")
+    assert quantize(base, tmp_path / "again", QuantizeSettings(format="int8")).running is None
+    assert quantize(base, tmp_path / "fp8", QuantizeSettings(format="fp8")).running is None
 
 
 def test_inspect_says_how_it_is_stored(llmctl, packed):

@@ -76,6 +76,20 @@ def test_gptq_solves_what_the_paper_says(width, act_order):
     assert error(fitted.dequantized(torch.float32)) < error(found.dequantized(torch.float32))
 
 
+def test_gptq_makes_up_for_what_became_of_its_inputs():
+    """The outputs to come near are those of the inputs as they were."""
+    weight, plain = random(24, 64), inputs(400, 64)
+    x = plain + 0.1 * plain.roll(1, 1) + 0.05 * random(400, 64, seed=3)
+    hessian, drift = x.mT @ x / len(x), (plain - x).mT @ x / len(x)
+
+    def error(**how):
+        found = gptq.solve(weight, hessian, SCHEME, torch.float32, **how).dequantized(torch.float32)
+        return (x @ found.mT - plain @ weight.mT).square().mean()
+
+    assert error(drift_KK=drift) < 0.5 * error()
+    assert error(drift_KK=torch.zeros_like(drift)) == error()
+
+
 def test_gptq_with_inputs_that_are_always_zero_or_alike():
     weight, x = random(8, 64), inputs(100, 64)
     x[:, 5] = 0
@@ -134,6 +148,41 @@ def test_layer_by_layer_is_the_model_itself(saved):
     for name, x in seen.items():
         x = x.flatten(0, -2)
         torch.testing.assert_close(moments[name], x.mT @ x / len(x), rtol=1e-3, atol=1e-4)
+
+
+def test_the_model_as_it_was_runs_beside(saved):
+    """The plain block reads what it always did, whatever became of the one beside it, behind an encoder too."""
+    layerwise, drifts = Layerwise(saved, IDS, torch.float32, beside=True), {}
+
+    def visit(layer):
+        names = [group[0] for stage in layer.stages() for group in stage]
+        hessians = Hessians.of(layer, names)
+        drifts.update({name: hessians.drifts[name] for name in names})
+        assert layer.plain.name == layer.name and layer.plain.linears().keys() == layer.linears().keys()
+        if len(drifts) == len(names):  # the first layer: what comes behind it drifts
+            for linear in layer.linears().values():
+                linear.weight.data *= 1.1
+
+    list(layerwise.run(visit))
+    model, reads = load_model(saved), {}
+    for name in drifts:
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: reads.update({name: x[0]}))
+
+    def run():
+        with torch.no_grad():
+            model(IDS) if model.config.encoder is None else model(IDS, input_ids_BT=IDS)
+        return {name: x.flatten(0, -2).clone() for name, x in reads.items()}
+
+    before = run()
+    first = next(iter(drifts)).partition("layers.0")[0] + "layers.0."
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith(first):
+            module.weight.data *= 1.1
+    after = run()
+    assert max(drift.abs().max() for drift in drifts.values()) > 1e-3
+    for name, drift in drifts.items():
+        expected = (before[name] - after[name]).mT @ after[name] / len(after[name])
+        torch.testing.assert_close(drift, expected if not name.startswith(first) else drift, rtol=1e-2, atol=1e-3)
 
 
 def rows(path) -> Rows:
@@ -282,6 +331,15 @@ def test_weights_that_are_no_numbers_are_named(tmp_path):
         (dict(keep="q_prog"), "fits no matrix"),
         (dict(bits=("q_proj=5",)), "expected a module and 4, 8 or 16"),
         (dict(keep=".*"), "no matrix to quantize"),
+        (dict(act_order=False), "--act-order is for --method gptq, not rtn"),
+        (dict(damping=0.1, method="awq", calibration="x"), "--damping is for --method gptq, not awq"),
+        (dict(double_quantization=False), "--double-quantization is for nf4 and fp4, not int4"),
+        (dict(format="llm-int8", symmetric=False), "--symmetric is for int8 and int4, not llm-int8"),
+        (dict(format="float32", symmetric=True), "--symmetric is for int8 and int4, not float32"),
+        (dict(format="bfloat16", keep="q_proj"), "--keep is for formats of few bits, not bfloat16"),
+        (dict(format="bfloat16", bits=("q_proj=8",)), "--bits is for formats of few bits, not bfloat16"),
+        (dict(format="int8", target_bits=5.0), "--target-bits is for int4, which it mixes with 8 bits, not int8"),
+        (dict(calibration_samples=4), "--calibration-samples is for --calibration FILE"),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, changes, message):

@@ -42,13 +42,21 @@ def command(model, output, settings):
             settings,
             options.resolved_flags(),
             lambda what, done, total: bar.update(done, f"{what} {done}/{total}"),
+            options.typed_fields(settings),
         )
-    agreed, rows = found.agreement, []
-    rows.append(["weights", format_size(found.bytes_before), format_size(found.bytes_after)])
-    rows.append(["perplexity", f"{agreed.perplexity_before:.5g}", f"{agreed.perplexity_after:.5g}"])
-    ui.table(f"{found.modules} matrices", ["", "before", "after"], rows)
-    bits = "" if found.bits_per_weight is None else f"{found.bits_per_weight:.3g} bits per weight; "
-    ui.note(f"{bits}KL divergence {agreed.kl_divergence:.4g} nats, same first choice {agreed.top1_agreement:.1%}")
+    columns = {"after": found.agreement} | ({} if found.running is None else {"after, run here": found.running})
+    rows = [
+        ["weights", format_size(found.bytes_before), *[format_size(found.bytes_after)] * len(columns)],
+        [
+            "perplexity",
+            f"{found.agreement.perplexity_before:.5g}",
+            *(f"{a.perplexity_after:.5g}" for a in columns.values()),
+        ],
+        ["KL divergence, nats", "", *(f"{a.kl_divergence:.4g}" for a in columns.values())],
+        ["same first choice", "", *(f"{a.top1_agreement:.1%}" for a in columns.values())],
+    ]
+    bits = "" if found.bits_per_weight is None else f", {found.bits_per_weight:.3g} bits per weight"
+    ui.table(f"{found.modules} matrices{bits}", ["", "before", *columns], rows)
     for remark in found.remarks:
         ui.note(remark)
     ui.print_data(str(found.path.absolute()))

@@ -137,9 +137,9 @@ def _place_quantized(model: LanguageModel, stored, dtype: torch.dtype | None, de
         expected = (sum(source.sizes), linear.in_features)
         if last[1].shape != expected:
             raise UserError(f"{source.theirs} has shape {list(last[1].shape)}; config.json says {list(expected)}")
-        first = sum(source.sizes[: source.part])
-        part = last[1] if len(source.sizes) == 1 else last[1].part(first, first + source.sizes[source.part])
-        layer = QuantizedLinear(part.to(device or "cpu"), linear.bias, dtype or stored.dtype(source.theirs))
+        layer = QuantizedLinear(
+            source.cut_packed(last[1]).to(device or "cpu"), linear.bias, dtype or stored.dtype(source.theirs)
+        )
         _assign(model, owner, layer)
         placed.add(source.theirs)
     if placed:

@@ -6,6 +6,7 @@ The memory of a forward pass is then one matrix and the activations, whatever th
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +15,31 @@ import torch
 from torch import nn
 
 from llmctl.models import families, weights
-from llmctl.models.head import logits
+from llmctl.models.head import logits, softcapped
+from llmctl.models.linear import Linear
 from llmctl.models.loading import new_empty, reset_buffers, stored_config, stored_tensors
 from llmctl.models.mamba import Mamba
 from llmctl.models.mamba2 import Mamba2
+from llmctl.models.quantized_linear import QuantizedLinear
 from llmctl.quantize.stored import open_weights
 
 HEAD_ROWS = 4096
 """Rows of the vocabulary matrix in memory at a time."""
+
+
+class _InFewBits(nn.Module):
+    """A linear layer whose matrix is stored in few bits, which `read` gives whenever it runs."""
+
+    def __init__(self, read: Callable[[], QuantizedLinear]):
+        super().__init__()
+        self._read = read
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._read().weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._read()(x)
 
 
 class StreamedModel:
@@ -29,6 +47,7 @@ class StreamedModel:
 
     `change(model)` may wrap modules of it, as adapters do, before anything is read: a wrapper keeps what it wraps as `base`.
     `replaced(name in the file, tensor)` may give another tensor in the place of one that was read, `head_VD` a head.
+    Matrices in few bits are unpacked; where they are `packed`, products are those of a loaded model.
     """
 
     def __init__(
@@ -38,6 +57,7 @@ class StreamedModel:
         change: Callable[[nn.Module], object] | None = None,
         replaced: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
         head_VD: torch.Tensor | None = None,
+        packed: bool = False,
     ):
         self.config, self.dtype, self._replaced = stored_config(path), dtype, replaced
         self._head_VD = head_VD
@@ -54,6 +74,8 @@ class StreamedModel:
                 setattr(self.model.get_submodule(owner), leaf, self.read(name))
         if change is not None:
             change(self.model)
+        if packed:
+            self._keep_packed()
         for name, module in list(self.model.named_modules()):
             self._stream(name, module)
 
@@ -89,6 +111,8 @@ class StreamedModel:
         if self.config.head is None:
             return hidden_BTD
         hidden_BTD = self.model.head_input(hidden_BTD)
+        if isinstance(self.model.lm_head, _InFewBits):
+            return softcapped(self.config.head, self.model.lm_head(hidden_BTD))
         name = "embed_tokens.weight" if self.config.tie_embeddings else "lm_head.weight"
         bias = next((source for source in ("head_bias", "lm_head.bias") if source in self._sources), None)
         bias_V = None if bias is None else self.read(bias)
@@ -120,6 +144,21 @@ class StreamedModel:
             self._held -= set(held)
             for (name, leaf), parameter in parameters.items():
                 held[name]._parameters[leaf] = parameter
+
+    def _keep_packed(self) -> None:
+        """Put `_InFewBits` in the place of Linears of which the file has matrices in few bits."""
+        is_packed = getattr(self._files, "is_packed", lambda _: False)
+        for name, module in list(self.model.named_modules()):
+            source = self._sources.get(f"{name}.weight")
+            if isinstance(module, Linear) and source is not None and is_packed(source.theirs):
+                owner, _, leaf = name.rpartition(".")
+                read = functools.partial(self._quantized_linear, name, module.bias is not None)
+                setattr(self.model.get_submodule(owner), leaf, _InFewBits(read))
+
+    def _quantized_linear(self, name: str, has_bias: bool) -> QuantizedLinear:
+        source = self._sources[f"{name}.weight"]
+        bias = nn.Parameter(self.read(f"{name}.bias"), requires_grad=False) if has_bias else None
+        return QuantizedLinear(source.cut_packed(self._files.packed(source.theirs)), bias, self.dtype)
 
     def _stream(self, prefix: str, module: nn.Module) -> None:
         """Read the module's own parameters when it, or what is wrapped around it, runs."""

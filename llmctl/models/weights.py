@@ -122,6 +122,13 @@ class Source:
     def cut(self, tensor: torch.Tensor) -> torch.Tensor:
         return to_ours(self.change, tensor, self.sizes)[self.part]
 
+    def cut_packed(self, packed):
+        """The same of a matrix in few bits, which lies upright whatever the family."""
+        if len(self.sizes) == 1:
+            return packed
+        first = sum(self.sizes[: self.part])
+        return packed.part(first, first + self.sizes[self.part])
+
 
 def sources(family, shapes: Mapping[str, torch.Size], available: Iterable[str]) -> dict[str, Source]:
     """The source of every parameter in `shapes` that the file has, for those who read weights one at a time."""

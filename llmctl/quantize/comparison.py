@@ -10,13 +10,17 @@ from llmctl.models.streaming import StreamedModel
 
 
 @torch.no_grad()
-def compare(before: StreamedModel, after: StreamedModel, ids_BT: torch.Tensor) -> Agreement:
-    """How far two models agree on rows [B, T]; logits exist for one row at a time."""
+def compare(before: StreamedModel, ids_BT: torch.Tensor, *others: StreamedModel) -> list[Agreement]:
+    """How far each of the others agrees with the first on rows [B, T]; logits exist for one row at a time."""
     if before.config.classifier is not None:
-        return agreement.measure(before.logits, after.logits, ids_BT)
-    first_BTD, second_BTD = before.hidden(ids_BT), after.hidden(ids_BT)
-    rows = (
-        agreement.compare_row(before.head(first_BTD[i : i + 1])[0], after.head(second_BTD[i : i + 1])[0], ids_BT[i])
-        for i in range(len(ids_BT))
-    )
-    return agreement.of_rows(list(rows))
+        first_BTV = before.logits(ids_BT)
+        return [agreement.measure(lambda _: first_BTV, other.logits, ids_BT) for other in others]
+    first_BTD, found = before.hidden(ids_BT), []
+    for other in others:
+        second_BTD = other.hidden(ids_BT)
+        rows = (
+            agreement.compare_row(before.head(first_BTD[i : i + 1])[0], other.head(second_BTD[i : i + 1])[0], ids_BT[i])
+            for i in range(len(ids_BT))
+        )
+        found.append(agreement.of_rows(list(rows)))
+    return found

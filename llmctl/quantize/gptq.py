@@ -1,4 +1,8 @@
-"""GPTQ (arXiv:2210.17323): columns are rounded one after another, and those to come make up for the error so far."""
+"""GPTQ (arXiv:2210.17323): columns are rounded one after another, and those to come make up for the error so far.
+
+What a matrix's outputs should be is taken from the model as it was, so that each makes up for what the rounding before it
+did to its inputs (GPTAQ, arXiv:2504.02692; QEP, arXiv:2504.09629).
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,8 @@ LEAF = 16
 ATTEMPTS = 4
 REFITS, RIDGE = 1, 0.01
 """How often scales are fitted and codes chosen again, and how much of a scale's own square holds it back."""
+DRIFT = 0.5
+"""How much of what earlier rounding did to the inputs a matrix makes up for."""
 
 
 def solve(
@@ -29,9 +35,11 @@ def solve(
     act_order: bool = True,
     damping: float = 0.01,
     refits: int = REFITS,
+    drift_KK: torch.Tensor | None = None,
 ) -> AffineWeight:
     """Codes of a matrix (float32) whose inputs have the second moments `hessian_KK` (float32, any factor).
 
+    With `drift_KK` (see Hessians; the same factor) the outputs to come near are those of the inputs as they once were.
     Groups keep their own columns and have their scales (of `dtype`) from the start, so that with `act_order`, columns of
     large inputs first, the result looks no different. Then the scales are fitted to the codes, and so on. Raises UserError
     where the moments cannot be inverted.
@@ -40,21 +48,22 @@ def solve(
     order = hessian_KK.diagonal().argsort(descending=True) if act_order else torch.arange(n_in)
     back = order.argsort()
     upper_KK = _inverse_root(hessian_KK[order][:, order], damping)
+    if drift_KK is not None:
+        missing_NK = (weight_NK @ drift_KK)[:, order]
+        weight_NK = weight_NK + DRIFT * ((missing_NK @ upper_KK.mT) @ upper_KK)[:, back]
     # what an error of each column costs after the others have made up for it (the paper's equation 2)
     costs_K = upper_KK.diagonal()[back] ** -2
     scales_NJ, zeros_NJ = rounding.scales_and_zeros(weight_NK, scheme, dtype, costs_K)
     middle_NJ = torch.full_like(scales_NJ, 1 << (scheme.bits - 1)) if zeros_NJ is None else zeros_NJ
     groups, ordered_KN = (order // size).tolist(), weight_NK.mT[order]
-    for left in range(refits, -1, -1):
+    for _ in range(refits + 1):
         rounds = _Rounds(
             ordered_KN.clone(), upper_KK, scales_NJ.mT.contiguous(), middle_NJ.mT.contiguous(), groups, top
         )
         rounds.run(0, n_in)
         codes_NK = rounds.codes_KN[back].mT.contiguous()
-        if left:
+        if refits:
             scales_NJ = _fitted(weight_NK, hessian_KK, codes_NK, scales_NJ, middle_NJ, size, dtype)
-    if refits:
-        scales_NJ = _fitted(weight_NK, hessian_KK, codes_NK, scales_NJ, middle_NJ, size, dtype)
     zeros_NJ = None if zeros_NJ is None else zeros_NJ.to(torch.uint8)
     return AffineWeight(codes_NK, scales_NJ.to(dtype), zeros_NJ, scheme.bits, size)
 
@@ -138,7 +147,7 @@ class Gptq(Method):
     def run(self, ids_BT: torch.Tensor, spool: Spool, progress) -> dict[str, torch.Tensor]:
         """Spool every matrix. No other tensor changes."""
         compute = torch.bfloat16 if self._dtype == torch.bfloat16 else torch.float32
-        layerwise = Layerwise(self._path, ids_BT, compute)
+        layerwise = Layerwise(self._path, ids_BT, compute, beside=True)
         for number, _ in enumerate(layerwise.run(self._visit)):
             progress("gptq, layer", number + 1, layerwise.n_layers)
             self._put_aside(spool)
@@ -156,16 +165,17 @@ class Gptq(Method):
             hessians = Hessians.of(layer, [group[0] for group in wanted])
             for group in wanted:
                 for name in group:
-                    self._solve(name, linears[name], hessians[group[0]])
+                    self._solve(name, linears[name], hessians[group[0]], hessians.drifts.get(group[0]))
                     seen.add(name)
         for name, linear in linears.items():  # experts that no token chose
             if name in self._scheme_of and name not in seen:
                 self._solve(name, linear, torch.eye(linear.in_features))
 
-    def _solve(self, name: str, linear, hessian_KK: torch.Tensor) -> None:
+    def _solve(self, name: str, linear, hessian_KK: torch.Tensor, drift_KK: torch.Tensor | None = None) -> None:
         settings, dtype = self._settings, self._dtype
         weight = linear.weight.detach().float().clone()
-        found = solve(weight, hessian_KK, self._scheme_of[name], dtype, settings.act_order, settings.damping)
+        how = {"act_order": settings.act_order, "damping": settings.damping, "drift_KK": drift_KK}
+        found = solve(weight, hessian_KK, self._scheme_of[name], dtype, **how)
         linear.weight.data = found.dequantized(linear.weight.dtype)
         self._done[name] = found
 

@@ -5,6 +5,7 @@ The states between layers are float32 as long as they fit in `MOST_STATE_BYTES`,
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from llmctl.models.context import Context
+from llmctl.models.ffn import Moe
 from llmctl.models.linear import Linear
 from llmctl.models.streaming import StreamedModel
 from llmctl.models.transformer import Stack
@@ -32,17 +34,26 @@ class _State:
     context: Context
 
 
-class Layer:
-    """One block with its weights in memory; `name` is its path in the model."""
+Take = Callable[[str, torch.Tensor, torch.Tensor | None], None]
+"""Given a Linear's path, what it reads [N, K], and what it reads in the model as it was (None where that does not run)."""
 
-    def __init__(self, name: str, module: nn.Module, states: list[_State]):
-        self.name, self.module, self._states = name, module, states
+
+class Layer:
+    """One block with its weights in memory; `name` is its path in the model. `plain` is the block of the model as it was."""
+
+    def __init__(self, name: str, module: nn.Module, states: list[_State], plain: Layer | None = None):
+        self.name, self.module, self.plain, self._states = name, module, plain, states
 
     def linears(self) -> dict[str, Linear]:
         """By their paths in the model."""
         return {
             f"{self.name}.{path}": module for path, module in self.module.named_modules() if isinstance(module, Linear)
         }
+
+    def linears_of_experts(self) -> list[str]:
+        """Those that read only the tokens which a router gives them."""
+        experts = [path for path, module in self.module.named_modules() if isinstance(module, Moe)]
+        return [name for name in self.linears() for path in experts if name.startswith(f"{self.name}.{path}.experts.")]
 
     def stages(self) -> list[list[list[str]]]:
         """The Linears in the order in which they run: in a stage, those that do not read each other; in a list, those that
@@ -72,18 +83,25 @@ class Layer:
                 stage.append([name])
         return stages
 
-    def each_input(self, names: Collection[str], take: Callable[[str, torch.Tensor], None]) -> None:
-        """Give `take` what each of the named Linears reads, [N, K], batch by batch."""
+    def each_input(self, names: Collection[str], take: Take) -> None:
+        """Give `take` what each of the named Linears reads, batch by batch."""
+        for number in range(len(self._states)):
+            plain: dict[str, torch.Tensor] = {}
+            if self.plain is not None:
+                self.plain._watch(number, names, plain.__setitem__)
+            self._watch(number, names, lambda name, x_NK, plain=plain: take(name, x_NK, plain.pop(name, None)))
+
+    def _watch(self, number: int, names: Collection[str], see: Callable[[str, torch.Tensor], None]) -> None:
         linears = self.linears()
-        for state in self._states:
-            self._run(
-                state, lambda name, x: take(name, x.flatten(0, -2)), {name: linears[name] for name in names}, True
-            )
+        wanted = {name: linears[name] for name in names}
+        self._run(self._states[number], lambda name, x: see(name, x.flatten(0, -2)), wanted, True)
 
     def advance(self) -> None:
         """From the layer's input to that of the next, by the weights that it has now."""
         for state in self._states:
             state.x_BTD = self.module(state.x_BTD.to(_dtype_of(self.module)), state.context).to(state.x_BTD.dtype)
+        if self.plain is not None:
+            self.plain.advance()
 
     def _run(self, state: _State, take: Callable[[str, torch.Tensor], None], linears, stops: bool = False) -> None:
         left = set(linears)
@@ -136,15 +154,19 @@ class _Replay(nn.Module):
 
 
 class Layerwise:
-    """The layers of a checkpoint in their order, each with what goes into it; `streamed` reads the weights."""
+    """The layers of a checkpoint in their order, each with what goes into it; `streamed` reads the weights.
 
-    def __init__(self, path: Path, ids_BT: torch.Tensor, dtype: torch.dtype):
+    With `beside` the model as it was runs too, next to what `visit` makes of it.
+    """
+
+    def __init__(self, path: Path, ids_BT: torch.Tensor, dtype: torch.dtype, beside: bool = False):
         self.streamed = StreamedModel(path, dtype)
         rows = max(1, TOKENS_AT_ONCE // ids_BT.shape[1])
         self._batches = ids_BT.split(rows)
         width = self.streamed.config.d_model
-        self._state_dtype = torch.float32 if ids_BT.numel() * width * 4 <= MOST_STATE_BYTES else torch.bfloat16
-        self._encoded: list[torch.Tensor] | None = None
+        n_bytes = ids_BT.numel() * width * 4 * (2 if beside else 1)
+        self._state_dtype = torch.float32 if n_bytes <= MOST_STATE_BYTES else torch.bfloat16
+        self._encoded: list[list[torch.Tensor]] = [[], []][: 2 if beside else 1]
 
     @property
     def n_layers(self) -> int:
@@ -156,22 +178,27 @@ class Layerwise:
         model = self.streamed.model
         for stack in model.stacks():
             prefix = "" if stack is model else "encoder."
-            states = [self._entering(stack, number) for number in range(len(self._batches))]
+            runs = [
+                [self._entering(stack, number, encoded) for number in range(len(self._batches))]
+                for encoded in self._encoded
+            ]
             for number, module in enumerate(stack.layers):
+                name = f"{prefix}layers.{number}"
                 with self.streamed.holding(module):
-                    layer = Layer(f"{prefix}layers.{number}", module, states)
+                    plain = Layer(name, copy.deepcopy(module), runs[1]) if len(runs) > 1 else None
+                    layer = Layer(name, module, runs[0], plain)
                     visit(layer)
                     layer.advance()
-                yield layer.name
+                yield name
             if stack is not model:
-                self._encoded = [state.x_BTD for state in states]
+                self._encoded = [[state.x_BTD for state in states] for states in runs]
 
-    def _entering(self, stack: Stack, number: int) -> _State:
-        """What goes into the first layer of a stack, of one batch."""
+    def _entering(self, stack: Stack, number: int, encoded: list[torch.Tensor]) -> _State:
+        """What goes into the first layer of a stack, of one batch; behind an encoder that gave `encoded`."""
         model, ids_BT = self.streamed.model, self._batches[number]
         layers = {stack: nn.ModuleList([_Catcher()])}
         if stack is model and model.config.encoder is not None:
-            layers[model.encoder] = nn.ModuleList([_Replay(self._encoded[number])])
+            layers[model.encoder] = nn.ModuleList([_Replay(encoded[number])])
         kept = {one: one.layers for one in layers}
         for one, others in layers.items():
             one.layers = others

@@ -117,9 +117,6 @@ def unquantized(model: nn.Module, stored_names: Iterable[str], chosen: Iterable[
 def _base(settings: QuantizeSettings) -> Scheme:
     base = FORMATS[settings.format]
     if base.kind != "int":
-        for name, value in (("group-size", settings.group_size), ("symmetric", settings.symmetric)):
-            if value is not None:
-                raise CalledWrongly(f"--{name} is for int8 and int4; {settings.format} has its own")
         return dataclasses.replace(base, double=settings.double_quantization)
     size = base.group_size if settings.group_size is None else settings.group_size or None
     symmetric = base.symmetric if settings.symmetric is None else settings.symmetric

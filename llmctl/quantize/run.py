@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from llmctl import agreement, allocator, checkpoint, companions, files, lineage
-from llmctl.errors import CalledWrongly, UserError
+from llmctl.errors import UserError
 from llmctl.models.loading import new_empty, stored_config
 from llmctl.models.streaming import StreamedModel
-from llmctl.quantize import calibration, comparison, matrices, storage
+from llmctl.ops.dispatch import cpu_library
+from llmctl.quantize import calibration, comparison, contradictions, matrices, storage
 from llmctl.quantize.awq import Awq
 from llmctl.quantize.gptq import Gptq
 from llmctl.quantize.matrices import Matrix
-from llmctl.quantize.remarks import remarks
+from llmctl.quantize.remarks import has_kernel, remarks
 from llmctl.quantize.scheme import FORMATS, PLAIN, Scheme
 from llmctl.quantize.sensitivity import widen
 from llmctl.quantize.settings import QuantizeSettings
@@ -34,20 +35,23 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Quantized:
-    """What came of it: bytes of all weights before and after, stored bits per quantized weight, how far both agree, and what
-    a person should know of the format."""
+    """What came of it: bytes of all weights before and after, stored bits per quantized weight, what a person should know of
+    the format, and how far both agree."""
 
     path: Path
     modules: int
     bytes_before: int
     bytes_after: int
     bits_per_weight: float | None
-    agreement: agreement.Agreement
     remarks: list[str]
+    agreement: agreement.Agreement
+    running: agreement.Agreement | None = None
+    """As the kernels of this machine run it, which round what they multiply; None where they have no part in it."""
 
     def metrics(self) -> dict[str, Any]:
         sizes = {name: getattr(self, name) for name in ("bytes_before", "bytes_after", "bits_per_weight")}
-        return {**sizes, **self.agreement.as_dict()}
+        running = {} if self.running is None else {"running": self.running.as_dict()}
+        return {**sizes, **self.agreement.as_dict(), **running}
 
 
 def quantize(
@@ -56,8 +60,9 @@ def quantize(
     settings: QuantizeSettings,
     recipe: Mapping[str, Any] | None = None,
     progress: Progress = lambda *_: None,
+    typed: Collection[str] = (),
 ) -> Quantized:
-    """Write `model` in `settings.format` as a new checkpoint.
+    """Write `model` in `settings.format` as a new checkpoint. `typed` fields of the settings must matter to it.
 
     Raises UserError for weights that are no numbers and for calibration text that is too short, CalledWrongly for settings
     that do not fit the model, CheckFailed where the result is too far from the model; nothing is left under `output` then.
@@ -65,7 +70,7 @@ def quantize(
     allocator.return_freed_memory()
     files.refuse_existing(output, settings.overwrite)
     files.refuse_input(output, [model])
-    _refuse_contradictions(settings)
+    contradictions.refuse(settings, typed)
     job = _Job(Path(model), settings, progress)
     with files.staged_directory(output, settings.overwrite) as directory:
         tensors, said = job.plain() if settings.format in PLAIN else job.quantized(directory / "spool")
@@ -74,10 +79,11 @@ def quantize(
             job.spool.remove()
         companions.copy(job.path, directory)
         _write_config(directory, said, job.dtype if settings.format not in PLAIN else _plain(settings))
-        found = comparison.compare(StreamedModel(job.path), StreamedModel(directory), job.rows.held_out_BT)
-        agreement.require(found, tolerance(settings))
+        found = job.compared(directory)
+        for one in found:
+            agreement.require(one, tolerance(settings))
         sizes = _sizes(job.path, directory)
-        result = Quantized(Path(output), len(job.schemes), *sizes, job.bits_per_weight, found, job.remarks)
+        result = Quantized(Path(output), len(job.schemes), *sizes, job.bits_per_weight, job.remarks, *found)
         lineage.write(
             directory,
             lineage.Lineage(
@@ -153,6 +159,13 @@ class _Job:
         said = storage.quantization_config(self.schemes, kept, self.dtype, act_order)
         return {**plain, **self.spool.tensors()}, said
 
+    def compared(self, directory: Path) -> list[agreement.Agreement]:
+        """How far the result in `directory` agrees with the checkpoint: its weights, and as kernels here multiply by them."""
+        after = [StreamedModel(directory)]
+        if any(map(has_kernel, self.schemes.values())) and cpu_library() is not None:
+            after.append(StreamedModel(directory, packed=True))
+        return comparison.compare(StreamedModel(self.path), self.rows.held_out_BT, *after)
+
     def _fill(self, chosen: list[Matrix]) -> dict[str, torch.Tensor]:
         """Spool every matrix; tensors that had to change beside them, by name."""
         if self.settings.method == "rtn":
@@ -182,19 +195,6 @@ class _Job:
                 hint="the training run diverged; take an earlier save",
             )
         return tensor
-
-
-def _refuse_contradictions(settings: QuantizeSettings) -> None:
-    is_int = settings.format in ("int8", "int4")
-    if settings.method != "rtn" and not is_int:
-        raise CalledWrongly(f"--method {settings.method} is for int8 and int4, not {settings.format}")
-    if settings.method != "rtn" and settings.calibration is None:
-        raise CalledWrongly(
-            f"--method {settings.method} needs text like what the model will read",
-            hint="--calibration FILE, or - for a pipe",
-        )
-    if settings.target_bits is not None and settings.format != "int4":
-        raise CalledWrongly(f"--target-bits mixes 4 and 8 bits; it is for int4, not {settings.format}")
 
 
 def _plain(settings: QuantizeSettings) -> torch.dtype:

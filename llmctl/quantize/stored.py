@@ -49,6 +49,9 @@ class QuantizedFiles(NamedTensors):
         )
         return round(8 * self.stored.nbytes(codes) / (n_out * n_in))
 
+    def is_packed(self, name: str) -> bool:
+        return name in self._modules
+
     def packed(self, name: str) -> PackedWeight | None:
         """The matrix [out, in] of a quantized module's weight, as it is stored; None for other tensors."""
         module = self._modules.get(name)

@@ -60,7 +60,7 @@ def main() -> None:
     before.hidden = lambda _: hidden_BTD
 
     def show(name, bits, after, seconds):
-        found = comparison.compare(before, after, ids_BT)
+        [found] = comparison.compare(before, ids_BT, after)
         cells = f"{found.perplexity_after:12.4f}{found.kl_divergence:11.5f}{found.top1_agreement:9.2%}{seconds:7.1f}"
         print(f"{name:<26}{bits:6.2f}{cells}", flush=True)
 
