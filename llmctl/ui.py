@@ -103,6 +103,20 @@ def progress(description: str, total: float | None = None, unit: str = ""):
         lines.finish()
 
 
+@contextlib.contextmanager
+def late_progress(description: str, unit: str = ""):
+    """Yield a function like `.update` of `progress`, which shows nothing before it is called: there may be no work."""
+    with contextlib.ExitStack() as stack:
+        begun = []
+
+        def update(completed: float, note: str = "") -> None:
+            if not begun:
+                begun.append(stack.enter_context(progress(description, unit=unit)))
+            begun[0].update(completed, note)
+
+        yield update
+
+
 class _Silence:
     def update(self, completed: float, note: str = "") -> None:
         pass

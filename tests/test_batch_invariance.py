@@ -41,9 +41,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 def model(request):
     hf = {**COMMON, **CONFIGS[request.param]}
     model = new_model(families.find(hf["model_type"]).config_from_hf(hf), seed=0).eval()
+    draws = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(8 if parameter.dim() > 1 else 1)  # so that logits differ from each other
+            if parameter.dim() > 1:  # a fresh model's branches add nothing, whatever attention makes of a batch
+                parameter.normal_(0.0, 0.25, generator=draws)
     return model
 
 

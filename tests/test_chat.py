@@ -16,15 +16,18 @@ from llmctl.chat.conversation import Conversation  # noqa: E402
 from llmctl.chat.desk import Desk  # noqa: E402
 from llmctl.chat.engine import Answer, ContextFull, Engine  # noqa: E402
 from llmctl.chat.events import Done, Piece, Remark  # noqa: E402
-from llmctl.chat.prompt import ChatPrompt, defused  # noqa: E402
+from llmctl.chat.prompt import ChatPrompt, defused, fitting  # noqa: E402
 from llmctl.chat.settings import ChatSettings  # noqa: E402
 from llmctl.chat.talk import Talk  # noqa: E402
 from llmctl.chat_view import lines  # noqa: E402
 from llmctl.errors import UserError  # noqa: E402
 from llmctl.finetune.data.template import with_template  # noqa: E402
 from llmctl.generation.settings import Sampling  # noqa: E402
+from llmctl.model_settings import EngineSettings  # noqa: E402
+from llmctl.retrieval.quoting import question_with  # noqa: E402
 from llmctl.tokenizer import Tokenizer  # noqa: E402
 
+CPU = EngineSettings(device="cpu")
 GREEDY = Sampling(temperature=0.0, max_new_tokens=8, seed=0, ignore_eos=True)
 CHATML = (
     "{% for message in messages %}{% if message.role not in ('system', 'user', 'assistant') %}"
@@ -57,7 +60,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def engine(model):
-    return Engine.open(model, device="cpu")
+    return Engine.open(model, CPU)
 
 
 def said(events):
@@ -73,7 +76,7 @@ def ask(talk, question):
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
 def test_a_turn_costs_only_its_new_tokens(tmp_path, kind):
-    engine = Engine.open(save_model(tmp_path / kind, kind), device="cpu")
+    engine = Engine.open(save_model(tmp_path / kind, kind), CPU)
     talk = Talk(engine, Conversation(), GREEDY)
     total = 0
     for question in ("hi", "how are you?", "a third question"):
@@ -90,7 +93,7 @@ def test_answers_with_a_kept_cache_are_those_without(engine, model):
     talk = Talk(engine, Conversation(), GREEDY)
     for question in ("hi", "and then?", "why"):
         ask(talk, question)
-    fresh = Engine.open(model, device="cpu")
+    fresh = Engine.open(model, CPU)
     for upto in (1, 3, 5):
         messages = talk.conversation.messages[:upto]
         assert (
@@ -113,7 +116,7 @@ def test_undo_and_edit_reuse_what_they_share(engine):
 
 
 def test_a_recurrent_state_cannot_go_back(tmp_path):
-    engine = Engine.open(save_model(tmp_path / "mamba", "mamba"), device="cpu")
+    engine = Engine.open(save_model(tmp_path / "mamba", "mamba"), CPU)
     talk = Talk(engine, Conversation(), GREEDY)
     first = ask(talk, "one")
     talk.conversation.undo()
@@ -126,7 +129,7 @@ def test_a_position_rule_that_jumps_is_read_again(tmp_path):
     path = save_model(tmp_path / "long", rope_scaling={**scaling, "original_max_position_embeddings": 64})
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "original_max_position_embeddings": 64}))
-    engine = Engine.open(path, device="cpu")
+    engine = Engine.open(path, CPU)
     talk = Talk(engine, Conversation(), GREEDY)
     short = ask(talk, "short")
     ask(talk, "x" * 80)
@@ -267,7 +270,7 @@ def test_compacting_where_the_template_takes_no_system_message(tmp_path):
 
     path = save_model(tmp_path / "strict")
     with_template(Tokenizer.bytes(), CHATML.replace("'system', ", "")).save(path)
-    talk = Talk(Engine.open(path, device="cpu"), Conversation(), GREEDY)
+    talk = Talk(Engine.open(path, CPU), Conversation(), GREEDY)
     for question in ("one", "two"):
         ask(talk, question)
     compact(talk)
@@ -432,6 +435,17 @@ def test_documents_come_with_the_question(llmctl_here, tmp_path):
     assert "no index that can be read" in llmctl_here("chat", model, "--docs", "docs", input="hi\n", code=1).stderr
 
 
+def test_passages_share_a_small_context():
+    tokenizer, sources = Tokenizer.bytes(), [(f"{name}.txt:1", "a line\n" * 100) for name in "abc"]
+    numbers = []
+    for n_tokens in (3000, 700, 300, 200):
+        found = fitting(sources, tokenizer, n_tokens)
+        numbers.append(len(found))
+        notes = 32 * len(found)  # what is cut is said
+        assert len(tokenizer.encode(question_with("", found))) <= n_tokens + notes if found else n_tokens == 200
+    assert numbers == [3, 3, 2, 0] and fitting(sources, tokenizer, 3000) == sources
+
+
 def test_a_vote(llmctl_here, model):
     flags = ("--samples", 5, "--vote", "-n", 6, "--seed", 1)
     one, two = (llmctl_here("chat", model, *flags, input="hi\n") for _ in range(2))
@@ -494,9 +508,9 @@ def test_what_is_attached_waits_until_its_question_is_answered(engine):
 def test_another_model_is_opened_as_this_one_was(monkeypatch):
     opened = []
     monkeypatch.setattr(Engine, "open", lambda *args: opened.append(args))
-    settings = ChatSettings(provider="cpu", device="cpu", force=True)
+    settings = ChatSettings(provider="cpu", device="cpu", kv_dtype="int8", threads=1, force=True)
     Desk.open(SimpleNamespace(settings=settings), "there", ["adapter"])
-    assert opened == [("there", "auto", "cpu", ["adapter"], True, None, "cpu")]
+    assert opened == [("there", settings, ["adapter"], True, None)]
 
 
 def test_the_desk_keeps_a_file_up_to_date(engine, tmp_path):

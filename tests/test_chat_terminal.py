@@ -122,6 +122,19 @@ def test_going_on_with_the_last_conversation(chat):
     assert again.leave() == 0
 
 
+def test_an_index_that_is_built_is_shown(chat, tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text("The ship left Bremen in 1911.\n")
+    terminal = chat("--docs", "docs", "--kv-dtype", "int8", "--threads", 1, length=4)
+    assert "1 passages" in terminal.seen
+    terminal.line("When did the ship leave?")
+    terminal.expect("sources: a.txt:1")
+    terminal.expect("4 tokens,")
+    assert terminal.leave() == 0
+    again = chat("--docs", "docs")
+    assert "passages" not in again.seen and again.leave() == 0
+
+
 def test_compare_is_blind_and_keeps_the_vote(chat, data, tmp_path):
     (tmp_path / "other").symlink_to(data / "models" / "stories260K")
     terminal = chat("--votes", "votes.jsonl")

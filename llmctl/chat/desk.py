@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -35,9 +35,19 @@ class View(Protocol):
 
 
 class Desk:
-    """`attached` waits for the next question. `approve` asks a person about calls of tools; None where there is nobody."""
+    """`attached` waits for the next question. `approve` asks a person about calls of tools; None where there is nobody.
 
-    def __init__(self, engine: Engine, settings: ChatSettings, sampling: Sampling, approve: Approve | None = None):
+    `report` is told how far the index of --docs is.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: ChatSettings,
+        sampling: Sampling,
+        approve: Approve | None = None,
+        report: Callable[[int, str], None] = lambda n, note: None,
+    ):
         self.settings, self.approve = settings, approve
         self.adapters: list[str] = list(settings.adapter)
         self.attached: list[tuple[str, str]] = []
@@ -47,7 +57,7 @@ class Desk:
         self.talk = Talk(
             engine, self._first_conversation(engine), sampling, settings.on_full, n_passages=settings.passages
         )
-        self.talk.index, self.talk.chooser = index_of(settings), chooser_of(settings)
+        self.talk.index, self.talk.chooser = index_of(settings, report), chooser_of(settings)
         self.use_tools(self.toolbox)
 
     @property
@@ -120,21 +130,20 @@ class Desk:
 
 
 def engine_of(path: str, settings: ChatSettings, adapters: Sequence[str]) -> Engine:
-    how = (settings.dtype, settings.device, adapters, settings.force, settings.chat_template, settings.provider)
-    return Engine.open(path, *how)
+    return Engine.open(path, settings, adapters, settings.force, settings.chat_template)
 
 
 def toolbox_of(settings: ChatSettings) -> Toolbox | None:
     return named(settings.tools, settings.files_dir, settings.tool_seconds, settings.tool_megabytes)
 
 
-def index_of(settings: ChatSettings):
+def index_of(settings: ChatSettings, report: Callable[[int, str], None]):
     """The index of --docs, brought up to date; None without it."""
     if settings.docs is None:
         return None
     from llmctl.retrieval.index import Index, update
 
-    update(settings.docs, settings.embed_model)
+    update(settings.docs, settings.embed_model, report=report)
     return Index.open(settings.docs, settings.embed_model)
 
 
@@ -143,8 +152,7 @@ def chooser_of(settings: ChatSettings):
     from llmctl.chat.choosing import BestOf, Reward, Vote
 
     if settings.best_of > 1:
-        dtype = None if settings.dtype == "auto" else settings.dtype
-        return BestOf(settings.best_of, Reward(settings.reward, dtype, settings.device))
+        return BestOf(settings.best_of, Reward(settings.reward, settings.asked_dtype, settings.device))
     return Vote(settings.samples) if settings.vote else None
 
 

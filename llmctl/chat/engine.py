@@ -15,6 +15,7 @@ from llmctl.generation.completion import Completion
 from llmctl.generation.decode import decode
 from llmctl.generation.session import Session
 from llmctl.generation.settings import Sampling, resolve
+from llmctl.model_settings import EngineSettings
 
 _SEQUENCES = 1 << 10  # of random draws for each question
 
@@ -75,15 +76,12 @@ class Engine:
     def open(
         cls,
         path: str | os.PathLike,
-        dtype: str = "auto",
-        device: str | None = None,
+        how: EngineSettings,
         adapters: Sequence[str] = (),
         force: bool = False,
         chat_template: str | None = None,
-        provider: str | None = None,
     ) -> Engine:
-        session = Session.open(path, None if dtype == "auto" else dtype, device, adapters, force, provider)
-        return cls(session, str(path), chat_template)
+        return cls(Session.open_as(path, how, adapters, force), str(path), chat_template)
 
     @property
     def tokenizer(self):

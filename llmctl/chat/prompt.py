@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 from llmctl.errors import UserError
 from llmctl.finetune.data.template import choose_template
+from llmctl.retrieval.quoting import question_with
 from llmctl.tokenizer import Tokenizer
 
 _REMEMBERED = 64
+_LEAST_SHARE = 32  # tokens of a quoted passage
 _PLAIN_STOPS = ("\n\nUser:", "\n\nSystem:", "\n\nTool:", "\n\nAssistant:")
 
 
@@ -76,13 +78,34 @@ def defused(text: str, tokenizer: Tokenizer) -> str:
     return text
 
 
-def shortened(text: str, tokenizer: Tokenizer, n_tokens: int | None) -> str:
-    """The beginning of a text, of about so many tokens at most, and how much is left out; None is no limit."""
-    n_own = 0 if n_tokens is None else len(tokenizer.encode(text, add_special_tokens=False))
-    if n_tokens is None or n_own <= n_tokens:
+def shortened(text: str, tokenizer: Tokenizer, n_tokens: int | None, n_own: int | None = None) -> str:
+    """The beginning of a text, of about so many tokens at most, and how much is left out; None is no limit.
+
+    `n_own` are its tokens where they are not those of the bare text.
+    """
+    if n_tokens is None:
+        return text
+    n_own = len(tokenizer.encode(text, add_special_tokens=False)) if n_own is None else n_own
+    if n_own <= n_tokens:
         return text
     kept = len(text) * n_tokens // n_own
     return f"{text[:kept]}\n[cut: {len(text) - kept:,} characters more]"
+
+
+def fitting(sources: Sequence[tuple[str, str]], tokenizer: Tokenizer, n_tokens: int) -> list[tuple[str, str]]:
+    """As many of the sources (name, text), from the first on, as so many tokens have room for when they are quoted: each
+    is shortened to its share, but to no less than a few words."""
+
+    def count(*quoted: tuple[str, str]) -> int:
+        return len(tokenizer.encode(question_with("", quoted), add_special_tokens=False))
+
+    for n in range(len(sources), 0, -1):
+        share = (n_tokens - count(*((name, "") for name, _ in sources[:n]))) // n
+        if share >= _LEAST_SHARE:
+            # What quoting puts in front of each line is read too.
+            own = [count(source) - count((source[0], "")) for source in sources[:n]]
+            return [(name, shortened(text, tokenizer, share, size)) for (name, text), size in zip(sources, own)]
+    return []
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,7 +10,7 @@ from llmctl.chat.choosing import Chooser
 from llmctl.chat.conversation import Conversation
 from llmctl.chat.engine import Answer, ContextFull, Engine
 from llmctl.chat.events import Calls, Done, Event, Found, Piece, Remark
-from llmctl.chat.prompt import defused, shortened
+from llmctl.chat.prompt import defused, fitting
 from llmctl.chat.tool_turns import ToolLayer
 from llmctl.generation.settings import DEFAULTS, Sampling
 from llmctl.retrieval.quoting import question_with
@@ -104,15 +104,16 @@ class Talk:
         )
 
     def _add_question(self, question: str, attached: Sequence[tuple[str, str]]) -> Iterator[Event]:
-        passages = []
+        tokenizer, room = self.engine.tokenizer, self.engine.room
+        sources = [(name, defused(text, tokenizer)) for name, text in attached]
         if self.index is not None:
             passages = self.index.search(question, self.n_passages)
-            yield Found(passages)
-        room = self.engine.room  # half of it for passages
-        limit = None if room is None else room // (2 * self.n_passages)
-        found = [(passage.source, shortened(passage.text, self.engine.tokenizer, limit)) for passage in passages]
-        sources = [*attached, *found]
-        sources = [(name, defused(text, self.engine.tokenizer)) for name, text in sources]
+            found = [(passage.source, defused(passage.text, tokenizer)) for passage in passages]
+            found = found if room is None else fitting(found, tokenizer, room // 2)
+            yield Found(passages[: len(found)])
+            if len(found) < len(passages):
+                yield Remark(f"half of the context has room for {len(found)} of {len(passages)} passages")
+            sources += found
         if sources:
             content = question_with(question, sources)
             self.conversation.add("user", content, question=question, from_elsewhere=True)

@@ -47,7 +47,7 @@ def command(models, arena, sampling):
     if sampling.seed is None:
         sampling = dataclasses.replace(sampling, seed=int.from_bytes(os.urandom(4), "little"))
     prompts = list(read_prompts(arena.prompts))
-    engines = [Engine.open(model, arena.dtype, arena.device) for model in models]
+    engines = [Engine.open(model, arena) for model in models]
     order, n_votes = random.Random(sampling.seed), 0
     for number, messages in enumerate(prompts):
         shown = pair(engines, messages, sampling, order, number)

@@ -64,7 +64,8 @@ def _at_terminal(engine, chat, sampling):
     from llmctl.chat_view.terminal import Terminal
 
     terminal = Terminal()
-    desk = Desk(engine, chat, sampling, terminal.approve)
+    with ui.late_progress("index", unit="passages") as report:
+        desk = Desk(engine, chat, sampling, terminal.approve, report)
     if desk.session_path is None:
         desk.session_path = sessions.new_session_path()
     Repl(desk, terminal).run()

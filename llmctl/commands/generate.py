@@ -53,12 +53,8 @@ def command(model, prompt, prompt_flag, settings, run):
 
     from llmctl.generation.report import Report
     from llmctl.generation.session import Session
-    from llmctl.ops.dispatch import use_threads
 
-    use_threads(run.threads)
-    dtype = None if run.dtype == "auto" else run.dtype
-    session = Session.open(path, dtype, run.device, run.adapter, run.force, run.provider)
-    session.keep_cache_in(run.kv_dtype)
+    session = Session.open_as(path, run, run.adapter, run.force)
     report = Report(settings.seed)
     if run.jsonl or run.num_samples > 1:
         _print_answers(session, rows, settings, run, report)

@@ -86,8 +86,8 @@ class LikelihoodScorer:
         """Contexts with their only continuations, each read in one go; padding stands behind, where no real token sees it."""
         inputs = [[*fork.context, *fork.continuations[0][:-1]] for fork in forks]
         longest = max(map(len, inputs))
-        inputs_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in inputs], device=self.model.device)
-        hidden_BTD = self.model.hidden(inputs_BT)
+        padded = [ids + [0] * (longest - len(ids)) for ids in inputs]
+        hidden_BTD = self.model.hidden(torch.tensor(padded, device=self.model.device), **self._narrow_cache(padded))
         hidden_ND = torch.cat(
             [hidden_TD[len(fork.context) - 1 : len(ids)] for hidden_TD, fork, ids in zip(hidden_BTD, forks, inputs)]
         )
@@ -99,12 +99,19 @@ class LikelihoodScorer:
 
     def _run_whole(self, context: Sequence[int], continuation: Sequence[int]) -> Likelihood:
         """One text without a cache."""
-        inputs_1T = torch.tensor([[*context, *continuation[:-1]]], device=self.model.device)
-        logits_NV = self.model(inputs_1T)[0, len(context) - 1 :].float()
+        text = [[*context, *continuation[:-1]]]
+        inputs_1T = torch.tensor(text, device=self.model.device)
+        logits_NV = self.model(inputs_1T, **self._narrow_cache(text))[0, len(context) - 1 :].float()
         targets_N = torch.tensor(continuation, device=logits_NV.device)
         logprobs_N = _logprobs(logits_NV).gather(1, targets_N[:, None])[:, 0]
         is_greedy = bool((logits_NV.argmax(1) == targets_N).all())
         return Likelihood(float(logprobs_N.double().sum()), is_greedy, len(continuation))
+
+    def _narrow_cache(self, rows: Sequence[Sequence[int]]) -> dict[str, Cache]:
+        """For texts that are read in one go: what a cache narrower than the weights keeps of them is what they see."""
+        if getattr(self.model, "cache_dtype", None) is None:
+            return {}
+        return {"cache": self.model.begin(rows, rows, 1)[0]}
 
     def _run(self, shared: Sequence[int], forks: list[Fork]) -> list[list[Likelihood]]:
         cache, logits_BV = self._read_contexts(shared, forks)

@@ -15,7 +15,6 @@ import torch
 
 from llmctl import lineage
 from llmctl.classify import TextClassifier
-from llmctl.devices import choose_device
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.evaluate import perplexity, rows
 from llmctl.evaluate.classifier_judge import ClassifierJudge
@@ -26,7 +25,7 @@ from llmctl.evaluate.settings import EvalSettings
 from llmctl.evaluate.summary import Number, summarize
 from llmctl.evaluate.task import Task
 from llmctl.finetune.assembly import Assembly
-from llmctl.generation.session import Session
+from llmctl.generation.session import Session, load
 
 Progress = Callable[[int, str], None]
 
@@ -48,9 +47,8 @@ class Evaluation:
     def __init__(self, path: str | os.PathLike, settings: EvalSettings):
         self.path, self.settings = Path(path), settings
         self._assembly = Assembly.find(path, settings.adapter, settings.force)
-        self._dtype = None if settings.dtype == "auto" else settings.dtype
         self.session: Session | None = None
-        model = self._assembly.load(self._dtype, choose_device(settings.device), settings.provider)
+        model = load(self._assembly, settings)
         self.tokenizer = self._assembly.tokenizer()
         parts = model.parameters() if isinstance(model, torch.nn.Module) else ()
         self.n_parameters = sum(each.numel() for each in parts) or None
@@ -98,6 +96,7 @@ class Evaluation:
             "on_long": settings.on_long,
             "max_new_tokens": settings.max_new_tokens or task.max_new_tokens,
             "dtype": settings.dtype,
+            "kv_dtype": settings.kv_dtype,
             "limit": settings.limit,
             **({"window": settings.window, "stride": settings.stride} if task.kind == "perplexity" else {}),
         }
@@ -142,7 +141,9 @@ class Evaluation:
         if self.settings.reward is None:
             return None
         literal = not self.settings.apply_chat_template
-        model = TextClassifier.open(self.settings.reward, self._dtype, self.settings.device, literal=literal)
+        model = TextClassifier.open(
+            self.settings.reward, self.settings.asked_dtype, self.settings.device, literal=literal
+        )
         return ClassifierJudge(model).reward
 
 

@@ -18,7 +18,10 @@ from llmctl.generation.completion import Completion
 from llmctl.generation.decode import decode
 from llmctl.generation.records import Answer, Row
 from llmctl.generation.settings import Marks, Sampling, read_generation_config, read_marks, resolve, sampling_from
+from llmctl.model_settings import EngineSettings
 from llmctl.models.causal_lm import CausalLM
+from llmctl.models.language_model import LanguageModel
+from llmctl.ops.dispatch import use_threads
 from llmctl.tokenizer import Tokenizer
 
 
@@ -26,6 +29,22 @@ def marks_of(model: CausalLM, tokenizer: Tokenizer, generation_config: dict[str,
     """The tokens at the edges of what the model writes."""
     config = {**model.config.hf, "decoder_start_token_id": model.config.decoder_start_id}
     return read_marks(generation_config, config, tokenizer.eos_id)
+
+
+def load(assembly: Assembly, how: EngineSettings) -> LanguageModel:
+    """The model, in the dtypes and on the device and threads that the flags name. Raises `CalledWrongly` for a cache that
+    it cannot have."""
+    use_threads(how.threads)
+    model = assembly.load(how.asked_dtype, choose_device(how.device), how.provider)
+    if how.kv_dtype != "auto":
+        if not isinstance(model, CausalLM):
+            what = "a classifier" if model.config.classifier is not None else model.config.family
+            raise CalledWrongly(
+                f"--kv-dtype {how.kv_dtype} is for decoder-only checkpoints that write text; this is {what}",
+                hint="leave it out",
+            )
+        model.cache_dtype = getattr(torch, how.kv_dtype)
+    return model
 
 
 @dataclass
@@ -63,11 +82,17 @@ class Session:
 
         `adapters` and `force` are those of `Assembly.find`, `provider` that of `Assembly.load`.
         """
+        how = EngineSettings(dtype="auto" if dtype is None else dtype, device=device, provider=provider)
+        return cls.open_as(path, how, adapters, force)
+
+    @classmethod
+    def open_as(
+        cls, path: str | os.PathLike, how: EngineSettings, adapters: Sequence[str] = (), force: bool = False
+    ) -> Session:
+        """The same by the flags of a command."""
         assembly = Assembly.find(path, adapters, force)
         tokenizer = assembly.tokenizer()
-        return cls.of(
-            assembly.load(dtype, choose_device(device), provider), tokenizer, assembly.generation_config_directory
-        )
+        return cls.of(load(assembly, how), tokenizer, assembly.generation_config_directory)
 
     @classmethod
     def of(cls, model: CausalLM, tokenizer: Tokenizer, generation_config_directory: str | os.PathLike) -> Session:
@@ -75,17 +100,6 @@ class Session:
         generation_config = read_generation_config(generation_config_directory)
         recommended = sampling_from(generation_config, has_source=model.config.encoder is not None)
         return cls(model, tokenizer, recommended, marks_of(model, tokenizer, generation_config))
-
-    def keep_cache_in(self, kv_dtype: str) -> None:
-        """Keys and values as int8 or as a floating type no wider than the weights'; "auto" is as these are."""
-        if kv_dtype == "auto":
-            return
-        if not isinstance(self.model, CausalLM):
-            raise CalledWrongly(
-                f"--kv-dtype {kv_dtype} is for decoder-only checkpoints; this is {self.model.config.family}",
-                hint="leave it out",
-            )
-        self.model.cache_dtype = getattr(torch, kv_dtype)
 
     @property
     def continues_prompts(self) -> bool:

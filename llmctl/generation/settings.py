@@ -8,9 +8,10 @@ import operator
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llmctl.errors import CalledWrongly, UserError
+from llmctl.model_settings import ModelSettings, flag
 
 MIN_TEMPERATURE = 1e-5  # below it logits overflow before the likeliest token's share differs from 1
 LIMITS = {
@@ -247,47 +248,18 @@ def read_marks(generation_config: dict[str, Any], config: dict[str, Any], tokeni
     )
 
 
-def _flag_of(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
-
-
 @dataclass(frozen=True)
-class Run:
+class Run(ModelSettings):
     """How `llmctl generate` runs as a whole, whatever the prompts."""
 
-    num_samples: int = _flag_of(
+    num_samples: int = flag(
         1, "Complete each prompt N times; with beams, give the N best.", type="count", at_least=1, metavar="N"
     )
-    jsonl: bool = _flag_of(False, "Read and write JSON Lines, many prompts at once.", show_default=False)
-    batch_size: int = _flag_of(32, "Sequences that run together.", type="count", at_least=1)
-    echo: bool | None = _flag_of(
+    jsonl: bool = flag(False, "Read and write JSON Lines, many prompts at once.", show_default=False)
+    batch_size: int = flag(32, "Sequences that run together.", type="count", at_least=1)
+    echo: bool | None = flag(
         None, "Print the prompt before the text.", show_default="where the model continues its prompt"
     )
-    stats: bool = _flag_of(
+    stats: bool = flag(
         False, "Report seed, time to the first token and tokens/s on standard error.", show_default=False
-    )
-    adapter: tuple[str, ...] = _flag_of(
-        (),
-        "Put this adapter, a PEFT directory, beside the model's weights; repeatable. LoRA may count WEIGHT times.",
-        metavar="PATH[:WEIGHT]",
-    )
-    force: bool = _flag_of(False, "Use an adapter that was trained on another base.", show_default=False)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _flag_of("auto", "Weights and cache; auto is as stored.")
-    kv_dtype: Literal["auto", "float32", "bfloat16", "int8"] = _flag_of(
-        "auto", "Keys and values of the text so far: int8 needs half of bfloat16's memory. auto is as the weights."
-    )
-    device: str | None = _flag_of(None, "cpu, cuda, cuda:1.", show_default="a GPU where there is one", metavar="NAME")
-    threads: int | None = _flag_of(
-        None,
-        "Threads of the CPU's kernels.",
-        type="count",
-        at_least=1,
-        show_default="one for each physical core",
-        metavar="N",
-    )
-    provider: str | None = _flag_of(
-        None,
-        "Of onnxruntime, for a MODEL that export-onnx wrote: cpu, cuda, or its own name for one.",
-        show_default="what suits the device",
-        metavar="NAME",
     )

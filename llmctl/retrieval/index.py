@@ -19,6 +19,7 @@ from llmctl.retrieval.bm25 import Bm25, words
 from llmctl.retrieval.passages import PASSAGE_CHARACTERS, Passage, read_text, split, text_files
 from llmctl.retrieval.vectors import Vectorizer, identity
 
+Report = Callable[[int, str], None]
 NAME = ".llmctl-index"
 _VERSION = 1
 
@@ -112,13 +113,12 @@ def update(
     embed_model: str | os.PathLike | None = None,
     rebuild: bool = False,
     characters: int | None = None,
-    report: Callable[[int], None] = lambda n: None,
+    report: Report = lambda n, note: None,
 ) -> Changes:
     """Build the index of a directory, or bring it up to date: only files whose content changed are read into it again.
 
-    `characters` bound a passage; None is as the index was built. `report` gets the number of passages embedded so far.
-    Raises `UserError` for an index of another embedding model
-    unless it is to be rebuilt.
+    `characters` bound a passage; None is as the index was built. `report` gets the number of passages read so far, then of
+    those embedded. Raises `UserError` for an index of another embedding model unless it is to be rebuilt.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -128,7 +128,7 @@ def update(
         old._expect(embed_model)
     before = old.files if old else {}
     characters = characters or (old.characters if old else PASSAGE_CHARACTERS)
-    files, fresh, n_skipped = _changed(directory, before, characters)
+    files, fresh, n_skipped = _changed(directory, before, characters, report)
     new = [passage for passages in fresh.values() for passage in passages]
     is_kept = [passage.path in files and passage.path not in fresh for passage in (old.passages if old else ())]
     passages = [passage for passage, stays in zip(old.passages if old else (), is_kept) if stays] + new
@@ -146,9 +146,11 @@ def update(
     return Changes(n_added, n_changed, n_removed, len(files) - len(fresh), n_skipped, len(passages))
 
 
-def _changed(directory: Path, before: dict[str, str], characters: int) -> tuple[dict, dict[str, list[Passage]], int]:
+def _changed(
+    directory: Path, before: dict[str, str], characters: int, report: Report
+) -> tuple[dict, dict[str, list[Passage]], int]:
     """(the identity of every text file, passages of those that are not as before, number of files that are no text)."""
-    files, fresh, n_skipped = {}, {}, 0
+    files, fresh, n_skipped, n_read = {}, {}, 0, 0
     for path in text_files(directory):
         text, name = read_text(path), str(path.relative_to(directory))
         if text is None:
@@ -157,6 +159,8 @@ def _changed(directory: Path, before: dict[str, str], characters: int) -> tuple[
         files[name] = f"{hashlib.sha256(text.encode()).hexdigest()[:32]}-{characters}"
         if before.get(name) != files[name]:
             fresh[name] = split(name, text, characters)
+            n_read += len(fresh[name])
+            report(n_read, "read")
     return files, fresh, n_skipped
 
 

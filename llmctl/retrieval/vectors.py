@@ -33,14 +33,14 @@ class Vectorizer:
     def __init__(self, path: str | os.PathLike):
         self._embedder = Embedder.open(path, EmbedSettings(normalize=True, on_long="truncate"))
 
-    def vectors(self, texts: Sequence[str], report: Callable[[int], None] = lambda n: None) -> np.ndarray:
-        """float32 [N, D]. What the model does not read of them is said."""
+    def vectors(self, texts: Sequence[str], report: Callable[[int, str], None] = lambda n, note: None) -> np.ndarray:
+        """float32 [N, D]; `report` gets the number of those done. What the model does not read of them is said."""
         before = self._embedder.n_cut
         rows = [TextRow(text, f"passage {number}", {}) for number, text in enumerate(texts, 1)]
         vectors_ND = np.zeros((len(rows), self._embedder.width), np.float32)
         for place, (_, vector) in enumerate(self._embedder.embed(rows)):
             vectors_ND[place] = vector
-            report(place + 1)
+            report(place + 1, f"of {len(rows)} embedded")
         if n_cut := self._embedder.n_cut - before:
             log.warning(
                 "%d of %d texts are longer than the embedding model reads; their ends are not in their vectors"
