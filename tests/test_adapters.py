@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from llmctl.errors import CalledWrongly, UserError  # noqa: E402
 from llmctl.finetune import adapter, methods  # noqa: E402
+from llmctl.finetune.assembly import Assembly  # noqa: E402
+from llmctl.finetune.merge import merge  # noqa: E402
+from llmctl.finetune.merge_settings import MergeSettings  # noqa: E402
 from llmctl.models.loading import load_model  # noqa: E402
 
 SHAPE = dict(vocab_size=97, bos_token_id=0, eos_token_id=0)
@@ -196,6 +202,45 @@ def test_wrong_targets_and_ranks_are_named(base):
     assert "q_proj" in caught.value.hint
     with pytest.raises(UserError, match="rank 64"):
         adapter.attach(load_model(path), methods.Lora(rank=64))
+    with pytest.raises(CalledWrongly, match="--ranks: 'down_proj'") as caught:
+        adapter.attach(load_model(path), methods.Lora(rank_pattern={"down_proj": 2}))
+    assert "q_proj" in caught.value.hint
+    with pytest.raises(CalledWrongly, match="lm_hed"):
+        adapter.attach(load_model(path), methods.Lora(modules_to_save=("lm_hed",)))
+
+
+def test_an_adapter_with_gaps_is_refused(base, tmp_path):
+    """By the model that it should change and by the merge: what is missing would be whatever memory holds."""
+    _, path = base
+    ours, directory, method = load_model(path), tmp_path / "adapter", methods.Lora(rank=2, dora=True)
+    adapter.attach(ours, method)
+    directory.mkdir()
+    adapter.save(ours, method, directory, str(path))
+    config, tensors = (
+        (directory / "adapter_config.json").read_text(),
+        load_file(directory / "adapter_model.safetensors"),
+    )
+
+    def refused(match):
+        with pytest.raises(UserError, match=f"{directory}: .*{match}"):
+            adapter.load(load_model(path), directory)
+        with pytest.raises(UserError, match=f"{directory}: .*{match}"):
+            merge(path, [directory], tmp_path / "merged", MergeSettings())
+
+    for kind in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"):
+        gone = next(name for name in tensors if name.endswith(kind))
+        save_file({k: v for k, v in tensors.items() if k != gone}, directory / "adapter_model.safetensors")
+        refused(f"lacks .*{kind}")
+    save_file(tensors, directory / "adapter_model.safetensors")
+    said = json.loads(config)
+    (directory / "adapter_config.json").write_text(json.dumps({**said, "r": 7, "rank_pattern": {}}))
+    refused("rank .*says 7")
+
+
+def test_adapters_count_finitely_often(base):
+    for word in ("lora:nan", "lora:inf", "lora:x"):
+        with pytest.raises(CalledWrongly, match="is no weight"):
+            Assembly.find(base[1], [word])
 
 
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):

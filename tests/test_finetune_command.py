@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +16,14 @@ import torch
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
+from llmctl.errors import UserError  # noqa: E402
 from llmctl.finetune import adapter  # noqa: E402
+from llmctl.finetune.settings import FinetuneSettings  # noqa: E402
+from llmctl.finetune.task import finetuning  # noqa: E402
 from llmctl.models.loading import load_model  # noqa: E402
 from llmctl.tokenizer import Tokenizer  # noqa: E402
 
+SHORT_SETTINGS = {"seq_len": 64, "batch_size": 2, "precision": "fp32"}
 SHORT = ["--steps", "4", "--seq-len", "64", "--batch-size", "2", "--precision", "fp32", "--threads", "1"]
 
 
@@ -154,6 +160,37 @@ def test_bad_calls_get_one_clear_line(base, chats, tmp_path, words, code, said):
     done = finetune(base, chats, "-o", tmp_path / "out", *SHORT, *words)
     assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_goes_on_with_its_own_base_and_rows(base, chats, tmp_path):
+    """Others are refused, whatever the run still has of the old ones; the same elsewhere are not. An adapter is no base."""
+    settings = FinetuneSettings(**SHORT_SETTINGS, save_every=2, keep=3, steps=4)
+    out, other_base, other_rows = tmp_path / "out", tmp_path / "base", tmp_path / "rows.jsonl"
+
+    def go(model, rows, **changes):
+        with finetuning(dataclasses.replace(settings, **changes), model, [str(rows)], out) as run:
+            list(run.run())
+
+    go(base, chats)
+    adapter_sha = sha(out / "adapter_model.safetensors")
+    shutil.rmtree(out / "trainer" / "step-00000004")
+    (out / "llmctl.json").unlink()
+    shutil.copytree(base, other_base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    model.lm_head.weight.data.add_(0.01)
+    model.save_pretrained(other_base)
+    with pytest.raises(UserError, match="the run began with the weights"):
+        go(other_base, chats, resume=True)
+    other_rows.write_text(chats.read_text().replace("1 + 1", "1 + 2"))
+    with pytest.raises(UserError, match="the run began with"):
+        go(base, other_rows, resume=True)
+    other_rows.write_text(chats.read_text())
+    go(base, other_rows, resume=True)
+    assert sha(out / "adapter_model.safetensors") == adapter_sha
+    out, from_adapter = tmp_path / "again", out
+    with pytest.raises(UserError, match="an adapter of .*no model") as caught:
+        go(from_adapter, chats)
+    assert "merge-lora" in caught.value.hint
 
 
 def test_rows_through_a_pipe_are_read_once(base, chats, tmp_path):

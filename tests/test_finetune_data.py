@@ -133,6 +133,7 @@ def test_a_parquet_row_has_no_nulls(tmp_path):
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl:1", "the byte 0xff at column 11 is not UTF-8"),
         ("a.csv", b"text,label\na,1\nb\n", "a.csv:3", "1 cells, the header has 2"),
         ("a.csv", b'text\n"a\nb"\n"c"x\n', "a.csv:4", "not a row of CSV"),
+        ("a.csv", b"text\na\nb\xe9\n", "a.csv:3", "the byte 0xe9 is not UTF-8"),
         ("a.json", b'[{"text": "a"},\n 5]', "a.json:2", "expected a JSON object, got int"),
     ],
 )
@@ -150,6 +151,8 @@ def test_a_row_that_does_not_parse_names_its_place(tmp_path, name, data, place, 
         ("a.json", b'[{"text": "a"}]\nx', "a.json:2: something follows the array"),
         ("a.json", b'[{"text": "a"} {}]', "a.json:1: expected a comma"),
         ("a.txt", b"some words\n", "neither JSON, CSV, TSV, parquet nor a token stream"),
+        ("a.csv", b"text,label,text\na,b,c\n", "a.csv:1: the header has 'text' twice"),
+        ("a.csv", b"te\xe9t\na\n", "a.csv:1: the byte 0xe9 is not UTF-8"),
         ("a.parquet", b"PAR1nothing", "not a parquet file"),
         ("a.arrow", b"\xff\xff\xff\xff\x00", "truncated stream"),
     ],
@@ -318,6 +321,9 @@ def test_bad_rows_end_it_or_are_counted(tmp_path, caplog):
     assert "1 examples have no learned token" in caplog.text
     with pytest.raises(UserError, match="no example to train on in 2 rows: 2 cannot be used"):
         prepared(tmp_path, items[1:3], skip_bad=True, name="bad.jsonl")
+    with pytest.raises(UserError, match="rows.jsonl:1: the keys are 'nothing'"):
+        prepared(tmp_path, items[2:], objective=None)
+    assert prepared(tmp_path, items[::-1], objective=None, skip_bad=True, name="last.jsonl").objective == "sft"
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="no example to train on in 0 rows"):
         prepared(tmp_path, [], name="empty.jsonl")
@@ -334,6 +340,9 @@ def test_held_out_rows_and_their_duplicates(tmp_path, caplog):
     assert given_rows.val.tolist() == list(range(50, 60))
     assert len(prepared(tmp_path, LETTERS, val_fraction=None, name="default.jsonl").val) == 10
     assert "also trained on" not in caplog.text
+    with pytest.raises(UserError, match="20 rows: 20 held out") as caught:
+        prepared(tmp_path, LETTERS[:1] * 20, val_fraction=None, name="same.jsonl")
+    assert "--val-fraction 0" in caught.value.hint
     prepared(tmp_path, LETTERS[:50], val_data=[LETTERS[48:52]], name="leak.jsonl")
     assert "2 of the 4 held-out examples are also trained on" in caplog.text
 
@@ -342,6 +351,9 @@ def test_a_template_that_fails_names_the_row(tmp_path):
     template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     with pytest.raises(UserError, match=r"rows.jsonl:2: the chat template leaves out turn 2 \(assistant\)"):
         prepared(tmp_path, [LETTERS[0], {"messages": [USER, ASSISTANT]}], chat_template=template)
+    with pytest.raises(UserError, match="rows.jsonl:1: the chat template is broken") as caught:
+        prepared(tmp_path, [{"messages": [USER, ASSISTANT]}], chat_template="{% for m in messages %}")
+    assert "--chat-template" in caught.value.hint
 
 
 def test_classes(tmp_path):
@@ -355,6 +367,8 @@ def test_classes(tmp_path):
         UserError, match=r"val-0.jsonl:1: the label '7' is unseen in training, which has '10', '9', '2'"
     ):
         prepared(tmp_path, items, val_data=[[{"text": "t", "label": 7}]], name="unseen.jsonl")
+    some = [{"text": "t", "label": 7}, {"text": "u", "label": 9}]
+    assert len(prepared(tmp_path, items, val_data=[some], skip_bad=True, name="skipped.jsonl").val) == 1
     # of one row of a class none is held out
     rare = [{"text": f"t{i}", "label": "rare" if i == 5 else "usual"} for i in range(20)]
     examples = prepared(tmp_path, rare, val_fraction=0.9, name="rare.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from test_finetune_command import IDS, SHORT, base, chats, finetune, sha  # noqa: F401
 
 from llmctl.errors import UserError
-from llmctl.finetune.distillation import Distilled
+from llmctl.finetune.distillation import Distilled, refuse_teacher
 from llmctl.finetune.neftune import add_noise
-from llmctl.models.loading import load_model
+from llmctl.models.loading import load_model, read_config
 from llmctl.train.best import Best
 from llmctl.train.events import Validated
 from llmctl.train.objectives import NextToken
@@ -94,11 +95,12 @@ def test_a_teacher_adds_its_divergence(base):  # noqa: F811
     assert torch.equal(Distilled(plain, teacher, 2.0, 3.0).eval()(IDS, targets), plain.eval()(IDS, targets))
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(base):  # noqa: F811
-    student, teacher = load_model(base), load_model(base)
-    teacher.config = type(teacher.config)(**{**vars(teacher.config), "vocab_size": 300})
-    with pytest.raises(UserError, match="300"):
-        Distilled(NextToken(student, 0.0), teacher, 1.0, 1.0)
+@pytest.mark.parametrize("other,said", [({"vocab_size": 300}, "300"), ({"max_positions": 8}, "reads 8")])
+def test_a_teacher_that_cannot_read_along_is_refused(base, other, said):  # noqa: F811
+    config = read_config(base)
+    refuse_teacher(config, config, 16)
+    with pytest.raises(UserError, match=said):
+        refuse_teacher(dataclasses.replace(config, **other), config, 16)
 
 
 def test_noise_is_in_training_only_and_of_its_size(base):  # noqa: F811

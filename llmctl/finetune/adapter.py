@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from llmctl import checkpoint, files
-from llmctl.errors import CalledWrongly, UserError
+from llmctl.errors import CalledWrongly, UserError, did_you_mean
 from llmctl.finetune import bottleneck, ia3, lora, lora_files, methods, soft_prompt
 from llmctl.finetune.sites import find_sites, plain_name
 from llmctl.finetune.untying import untie
@@ -70,8 +70,16 @@ def load(model: nn.Module, directory: str | Path, weight: float = 1.0) -> method
     Raises UserError where it does not fit the model, or is of a kind that can only count once.
     """
     method = methods.from_peft(read_config(directory))
+    try:
+        _attach_stored(model, method, directory, weight)
+    except UserError as error:
+        raise UserError(f"{directory}: {error.message}", error.hint) from error
+    return method
+
+
+def _attach_stored(model: nn.Module, method: methods.Method, directory: str | Path, weight: float) -> None:
     if weight != 1.0 and not (isinstance(method, methods.Lora) and not method.dora and not method.modules_to_save):
-        raise UserError(f"{directory}: only plain LoRA can be weighted, and this weight is {weight:g}")
+        raise UserError(f"only plain LoRA can be weighted, and this weight is {weight:g}")
     stored = checkpoint.open_tensors(directory, stem=STEM)
     tensors = {name.removeprefix(PREFIX): stored.get(name) for name in stored.keys()}
     own = {name: tensor for name, tensor in tensors.items() if is_adapters(name)}
@@ -84,7 +92,6 @@ def load(model: nn.Module, directory: str | Path, weight: float = 1.0) -> method
     else:
         soft_prompt.from_peft(model, method, own)
     _load_whole(model, {name: tensor for name, tensor in tensors.items() if name not in own})
-    return method
 
 
 def classifier_of(directory: str | Path, config: ModelConfig) -> Classifier | None:
@@ -107,6 +114,16 @@ def classifier_of(directory: str | Path, config: ModelConfig) -> Classifier | No
 def is_adapter(directory: str | Path) -> bool:
     """Whether it holds an adapter and no model."""
     return Path(directory, "adapter_config.json").exists() and not Path(directory, "config.json").exists()
+
+
+def refuse_as_base(directory: str | Path) -> None:
+    """Raise UserError for an adapter where a whole model is wanted."""
+    if is_adapter(directory):
+        base = read_config(directory).get("base_model_name_or_path")
+        raise UserError(
+            f"{directory}: an adapter of {base}, and no model of its own",
+            hint=f"llmctl merge-lora {base} {directory} -o MERGED makes one of the two",
+        )
 
 
 def read_config(directory: str | Path) -> dict:
@@ -152,7 +169,9 @@ def _whole_rows(model: nn.Module, modules: tuple[str, ...]):
     for wanted in modules:
         found = [row for row in rows if any(_ends_with(name, wanted) for name in (row[0], *row[1]))]
         if not found:
-            raise CalledWrongly(f"--modules-to-save: the model has no module {wanted!r}")
+            leaves = {row[0].rpartition(".")[0].rpartition(".")[2] for row in rows}
+            near = did_you_mean(wanted, leaves) or f"there are {', '.join(sorted(leaves))}"
+            raise CalledWrongly(f"--modules-to-save: the model has no module {wanted!r}", near)
         yield from found
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -114,10 +116,10 @@ def _parsed(word: str) -> tuple[Path, float]:
     path, colon, number = word.rpartition(":")
     if not colon or os.path.exists(word):
         return Path(word), 1.0
-    try:
-        return Path(path), float(number)
-    except ValueError as error:
-        raise CalledWrongly(f"--adapter {word!r}: {number!r} is no weight", hint="PATH or PATH:0.5") from error
+    with contextlib.suppress(ValueError):
+        if math.isfinite(weight := float(number)):
+            return Path(path), weight
+    raise CalledWrongly(f"--adapter {word!r}: {number!r} is no weight", hint="PATH or PATH:0.5")
 
 
 def _named_base(path: Path) -> Path:

@@ -12,6 +12,7 @@ from llmctl import checkpoint
 from llmctl.errors import UserError
 from llmctl.finetune import adapter, methods
 from llmctl.finetune.lora import pattern_value
+from llmctl.finetune.lora_files import refuse_incomplete
 from llmctl.models import families, weights
 
 
@@ -35,6 +36,11 @@ class AdapterChanges:
         self.whole = {name for name in self._tensors if not adapter.is_adapters(name) and ".base_layer." not in name}
         names = (name for name in self._tensors if adapter.is_adapters(name))
         self.modules = {_parted(name)[0] for name in names}
+        if isinstance(self.method, methods.Lora):
+            try:
+                refuse_incomplete(self._tensors, self.method)
+            except UserError as error:
+                raise UserError(f"{directory}: {error.message}", error.hint) from error
 
     def touches(self, name: str) -> bool:
         return name in self.whole or name.rpartition(".")[0] in self.modules
@@ -97,6 +103,8 @@ class AdapterChanges:
     def _product(self, module: str, a: str, b: str) -> torch.Tensor:
         A, B = (self._tensors[f"{module}.{part}"].float() for part in (a, b))
         rank = pattern_value(self.method.rank_pattern, (module,), self.method.rank)
+        if rank != len(A):
+            raise UserError(f"{self.path}: its {module} has rank {len(A)}; adapter_config.json says {rank}")
         alpha = pattern_value(self.method.alpha_pattern, (module,), self.method.alpha)
         return self.method.scaling(rank, alpha) * (B @ A)
 

@@ -8,11 +8,29 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llmctl.errors import UserError
+from llmctl.models.config import ModelConfig
 from llmctl.models.head import logits
 from llmctl.models.language_model import LanguageModel
 from llmctl.train.objectives import NextToken
 
 LOGITS_AT_ONCE = 1 << 23
+
+
+def refuse_teacher(teacher: ModelConfig, model: ModelConfig, seq_len: int) -> None:
+    """Raise UserError for one that cannot say what it makes of the model's own tokens, `seq_len` of them."""
+    for what, theirs, ours in (
+        ("kind", teacher.kind, model.kind),
+        ("vocabulary", teacher.vocab_size, model.vocab_size),
+    ):
+        if theirs != ours:
+            raise UserError(
+                f"the teacher's {what} is {theirs}, the model's {ours}", "a teacher must have the model's own tokenizer"
+            )
+    if teacher.max_positions is not None and teacher.max_positions < seq_len:
+        raise UserError(
+            f"the teacher reads {teacher.max_positions} tokens, rows may have {seq_len}",
+            f"--seq-len {teacher.max_positions}",
+        )
 
 
 class Distilled(nn.Module):
@@ -23,12 +41,6 @@ class Distilled(nn.Module):
 
     def __init__(self, student: NextToken, teacher: LanguageModel, weight: float, temperature: float):
         super().__init__()
-        if teacher.config.vocab_size != student.model.config.vocab_size:
-            raise UserError(
-                f"the teacher has a vocabulary of {teacher.config.vocab_size}, the model one of "
-                f"{student.model.config.vocab_size}",
-                hint="a teacher must have the model's own tokenizer",
-            )
         self.student, self.weight, self.temperature = student, weight, temperature
         # in a list: it is no part of what is trained, sharded or saved
         self._teacher = [type(student)(teacher.requires_grad_(False).eval(), 0.0).eval()]

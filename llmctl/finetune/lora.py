@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llmctl.errors import UserError
+from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune.methods import Lora
 from llmctl.finetune.sites import Site, choose, device_for, find_sites, replace
 
@@ -98,6 +98,7 @@ def attach(model: nn.Module, lora: Lora, seed: int = 0) -> list[Site]:
     Raises UserError for a rank above a matrix's, CalledWrongly for a target that matches no module.
     """
     sites = choose(find_sites(model), lora.targets)
+    _refuse_idle_ranks(lora, sites)
     generator = torch.Generator().manual_seed(seed)
     wrapped: dict[str, nn.Module] = {}
     for site in sites:
@@ -112,6 +113,13 @@ def attach(model: nn.Module, lora: Lora, seed: int = 0) -> list[Site]:
     if lora.init == "default":
         _share_inputs(sites, wrapped)
     return sites
+
+
+def _refuse_idle_ranks(lora: Lora, sites: Sequence[Site]) -> None:
+    for key in lora.rank_pattern:
+        if not any(_names(key, site.names) for site in sites):
+            leaves = sorted({site.ours.rpartition(".")[2] for site in sites})
+            raise CalledWrongly(f"--ranks: {key!r} is no module that gets an adapter", f"these are {', '.join(leaves)}")
 
 
 def wrap(model: nn.Module, site: Site, rank: int, scaling: float, lora: Lora) -> nn.Module:
@@ -168,6 +176,10 @@ def _share_inputs(sites: Iterable[Site], wrapped: Mapping[str, nn.Module]) -> No
 def pattern_value(pattern: Mapping[str, float], names: Iterable[str], default: float) -> float:
     """PEFT's rule: a pattern's key fits the end of a module's name, as a regular expression."""
     for key, value in pattern.items():
-        if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names):
+        if _names(key, names):
             return value
     return default
+
+
+def _names(key: str, names: Iterable[str]) -> bool:
+    return any(re.fullmatch(rf"(.*\.)?({key})", name) for name in names)

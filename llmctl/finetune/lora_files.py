@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace as changed
 
 import torch
@@ -15,6 +15,7 @@ from llmctl.finetune.methods import Lora
 from llmctl.finetune.sites import adapted, by_their_name, find_sites, short_names
 
 Tensors = dict[str, torch.Tensor]
+_PARTNERS = {"A.weight": "B.weight", "B.weight": "A.weight", "embedding_A": "embedding_B", "embedding_B": "embedding_A"}
 
 
 def to_peft(model: nn.Module, lora: Lora) -> tuple[Tensors, Lora]:
@@ -50,6 +51,7 @@ def from_peft(model: nn.Module, lora: Lora, tensors: Mapping[str, torch.Tensor],
 
     Parts of a joined matrix get the components that reach their rows. Raises UserError for a tensor that fits no module.
     """
+    refuse_incomplete(tensors, lora)
     groups = by_their_name(find_sites(model))
     for name, A in tensors.items():
         theirs, _, kind = name.partition(".lora_")
@@ -58,7 +60,7 @@ def from_peft(model: nn.Module, lora: Lora, tensors: Mapping[str, torch.Tensor],
         if theirs not in groups:
             raise UserError(f"the adapter changes {theirs}, which this model does not have")
         group = groups[theirs]
-        B = _required(tensors, f"{theirs}.lora_{kind.replace('A', 'B')}")
+        B = tensors[f"{theirs}.lora_{kind.replace('A', 'B')}"]
         magnitude = tensors.get(f"{theirs}.lora_magnitude_vector")
         rows, columns = [site.output_width for site in group], group[0].input_width
         if len(B) != sum(rows) or A.shape[1] != columns:
@@ -67,10 +69,24 @@ def from_peft(model: nn.Module, lora: Lora, tensors: Mapping[str, torch.Tensor],
                 f"{[sum(rows), columns]}",
                 hint="it was trained on another base",
             )
-        scaling = weight * rank_and_scaling(lora, group[0])[1]
+        rank, scaling = rank_and_scaling(lora, group[0])
+        if rank != len(A):
+            raise UserError(f"its {theirs} has rank {len(A)}; adapter_config.json says {rank}")
         splits = [None] * len(rows) if magnitude is None else magnitude.split(rows)
         for site, part_B, part_magnitude in zip(group, B.split(rows), splits, strict=True):
-            _fill(model, site, A, part_B, part_magnitude, scaling, lora)
+            _fill(model, site, A, part_B, part_magnitude, weight * scaling, lora)
+
+
+def refuse_incomplete(names: Collection[str], lora: Lora) -> None:
+    """Raise UserError where a module (by its name in PEFT's file) lacks one of its tensors."""
+    for name in names:
+        theirs, _, kind = name.partition(".lora_")
+        wanted = [_PARTNERS[kind]] if kind in _PARTNERS else []
+        if lora.dora and kind == "A.weight":
+            wanted.append("magnitude_vector")
+        for other in wanted:
+            if f"{theirs}.lora_{other}" not in names:
+                raise UserError(f"the adapter has {name} and lacks {theirs}.lora_{other}", "copy or download it again")
 
 
 @torch.no_grad()
@@ -127,9 +143,3 @@ def _as_said(lora: Lora, ranks: dict[str, int], alphas: dict[str, float], target
         rank_pattern={name: value for name, value in ranks.items() if value != rank},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
     )
-
-
-def _required(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-    if name not in tensors:
-        raise UserError(f"the adapter lacks {name}")
-    return tensors[name]

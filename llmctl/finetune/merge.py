@@ -7,6 +7,7 @@ size of the model; the result is compared with base and adapters before it takes
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def merge(base: str | Path, adapters: Sequence[str | Path], output: str | Path, 
     files.refuse_input(output, [base, *adapters])
     allocator.return_freed_memory()
     base = Path(base)
+    adapter.refuse_as_base(base)
     weights = _weights(settings, len(adapters))
     config = read_config(base)
     stored = open_weights(base)
@@ -182,6 +184,8 @@ def _weights(settings: MergeSettings, count: int) -> list[float]:
         weights = [float(weight) for weight in settings.weights.split(",")]
     except ValueError as error:
         raise CalledWrongly(f"--weights {settings.weights!r}: not numbers", hint="for example 0.7,0.3") from error
+    if not all(map(math.isfinite, weights)):
+        raise CalledWrongly(f"--weights {settings.weights!r}: not finite", hint="for example 0.7,0.3")
     if len(weights) != count:
         raise CalledWrongly(f"{len(weights)} --weights for {count} adapters", hint="give one for each")
     return weights

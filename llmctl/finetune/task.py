@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from llmctl import files
+from llmctl import files, lineage
 from llmctl.devices import choose_device
-from llmctl.errors import CalledWrongly
+from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune import adapter, earlier_task, heads, planning, quantized, saving
 from llmctl.finetune.data.batches import PackedExamples, PaddedExamples, Split
 from llmctl.finetune.data.prepare import prepare
 from llmctl.finetune.data.sources import parse_sources
 from llmctl.finetune.data.store import ExampleSet
-from llmctl.finetune.distillation import Distilled
+from llmctl.finetune.distillation import Distilled, refuse_teacher
 from llmctl.finetune.features import FeatureRows, HeadOnly, freeze_backbone
 from llmctl.finetune.labelled import Classification, Regression, Reward
 from llmctl.finetune.neftune import add_noise
@@ -91,7 +91,9 @@ class Finetuning(Task):
             if recorded is None:
                 raise CalledWrongly("no model to fine-tune", hint="llmctl finetune MODEL DATA")
             self._model = recorded.model
+        distributed.on_first(adapter.refuse_as_base, self._model)
         self.config = read_config(self._model)
+        self._refuse_other_base(recorded)
         if spool is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="llmctl-")
             spool = Path(self._temporary.name) / "examples"
@@ -105,11 +107,30 @@ class Finetuning(Task):
         planning.refuse_no_features(self.settings, self.examples.objective)
         planning.refuse_extras(self.settings, self.examples.objective, self.config)
         planning.refuse_quantized(self.settings, self.config)
+        if self.settings.teacher:
+            refuse_teacher(read_config(self.settings.teacher), self.config, self._seq_len)
         self._has_head = self.config.classifier is not None
         self._classifier = heads.classifier_for(self.examples, self.config, self.settings.pooling)
         if self._classifier is not None:
             self.config = self.config.classifying(self._classifier)
+        if recorded and inputs != recorded.inputs:  # the examples are there already; are these the same?
+            return distributed.on_first(self._sha256_of, inputs)
         return self.examples.sha256
+
+    def _sha256_of(self, inputs: list[str]) -> str:
+        with tempfile.TemporaryDirectory(prefix="llmctl-") as temporary:
+            self._prepare(inputs, Path(temporary) / "examples")
+            return ExampleSet(Path(temporary) / "examples").sha256
+
+    def _refuse_other_base(self, recorded: FinetunePlan | None) -> None:
+        if recorded is None or recorded.parent_sha256 is None:
+            return
+        found = distributed.on_first(lineage.weights_sha256, self._model)
+        if found != recorded.parent_sha256:
+            raise UserError(
+                f"the run began with the weights {recorded.parent_sha256[:12]}; {self._model} has {found[:12]}",
+                hint="give the model that it began with, or start anew with --overwrite",
+            )
 
     def make_plan(self, inputs: list[str], device: torch.device) -> FinetunePlan:
         plan = planning.make_plan(self.settings, self._model, self.config, inputs, self.examples, self._seq_len, device)

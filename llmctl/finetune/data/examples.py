@@ -122,7 +122,7 @@ class ExampleReader:
             try:
                 pending.append(self._drafted(row))
             except UserError as error:
-                self._refuse(error, row.place, counts)
+                self.refuse(error, row.place, counts)
                 counts.bad += 1
             if len(pending) == _ROWS_AT_ONCE:
                 yield from self._accepted(self._encoded(pending), counts)
@@ -186,7 +186,7 @@ class ExampleReader:
             try:
                 kept = self._fitted(example, counts)
             except UserError as error:
-                self._refuse(error, example.place, counts)
+                self.refuse(error, example.place, counts)
                 continue
             if kept is not None:
                 counts.examples += 1
@@ -228,7 +228,8 @@ class ExampleReader:
         sequences = example.sequences[1:] if self.objective == "seq2seq" else example.sequences
         return not all(each.learned.any() for each in sequences)
 
-    def _refuse(self, error: UserError, place: str, counts: Counts) -> None:
+    def refuse(self, error: UserError, place: str, counts: Counts) -> None:
+        """Note what is wrong at a place, or raise it there."""
         placed = UserError(f"{place}: {error.message}", hint=error.hint or "--skip-bad counts such rows and goes on")
         if not (self._lenient or self.settings.skip_bad):
             raise placed from error

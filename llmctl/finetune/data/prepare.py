@@ -7,6 +7,7 @@ import logging
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from llmctl.files import staged_directory
 from llmctl.finetune.data.examples import LABELLED, PAIRED, Counts, Example, ExampleReader
 from llmctl.finetune.data.forms import default_objective, parse_columns, renamed
 from llmctl.finetune.data.labels import LabelTable
-from llmctl.finetune.data.rows import Row, first_row, read_rows
+from llmctl.finetune.data.rows import Row, read_rows
 from llmctl.finetune.data.settings import DataSettings, FormSettings
 from llmctl.finetune.data.sources import Source
 from llmctl.finetune.data.store import ExampleSet, ExampleWriter, lowest
@@ -72,19 +73,26 @@ def default_seq_len(max_positions: int | None) -> int:
 def choose_objective(
     rows: Iterator[Row | TokenStream], settings: FormSettings
 ) -> tuple[str, Iterator[Row | TokenStream]]:
-    """The objective that is set, or that of the first row; and the rows again."""
+    """The objective that is set, or that of the first row that can be used; and the rows again."""
     if settings.objective is not None:
         return settings.objective, rows
-    first, rows = first_row(rows)
-    if first is None:
-        return "sft", rows
-    if isinstance(first, TokenStream):
-        return "causal", rows
     columns = parse_columns(settings.columns)
-    try:
-        return default_objective(renamed(first.fields, columns)), rows
-    except UserError as error:
-        raise UserError(f"{first.place}: {error.message}", error.hint) from error
+    seen, problem = [], None
+    for row in rows:
+        seen.append(row)
+        if isinstance(row, TokenStream):
+            return "causal", chain(seen, rows)
+        if row.fields is None:
+            continue
+        try:
+            return default_objective(renamed(row.fields, columns)), chain(seen, rows)
+        except UserError as error:
+            problem = problem or UserError(f"{row.place}: {error.message}", error.hint)
+            if isinstance(settings, DataSettings) and not settings.skip_bad:
+                break
+    if problem is not None:
+        raise problem
+    return "sft", iter(seen)
 
 
 def left_out(sources: Sequence[Source], counts: Sequence[Counts], seq_len: int | None) -> Iterator[str]:
@@ -120,8 +128,8 @@ class _Preparation:
         if self.sources[number].is_held_out:
             self.labels.seal()
         for example in self.reader.read(rows, self.counts[number]):
-            if example.label is not None:
-                self._add_label(example)
+            if example.label is not None and not self._took_label(example, self.counts[number]):
+                continue
             writer.write(example)
             self.origins.append(number)
             if len(self.origins) % _REPORT_EVERY == 0:
@@ -151,11 +159,14 @@ class _Preparation:
             "files": [{"path": s.path, **dataclasses.asdict(count)} for s, count in zip(self.sources, self.counts)],
         }
 
-    def _add_label(self, example: Example) -> None:
+    def _took_label(self, example: Example, counts: Counts) -> bool:
         try:
             self.labels.add(example.label)
         except UserError as error:
-            raise UserError(f"{example.place}: {error.message}", error.hint) from error
+            self.reader.refuse(error, example.place, counts)
+            counts.bad += 1
+            return False
+        return True
 
     def _split(self, origins: np.ndarray, digests: np.ndarray, is_val: np.ndarray) -> np.ndarray:
         """bool [n]: held out. A share of each file, unless the files themselves say it, or rows do (`is_val`)."""
@@ -187,8 +198,17 @@ class _Preparation:
             found = ", ".join(f"{n} {reason}" for reason, n in reasons.items() if n)
             raise UserError(
                 f"{source.path}: no example to train on in {count.rows} rows" + (f": {found}" if found else ""),
-                hint="--on-long truncate or a larger --seq-len keep long rows" if count.long else None,
+                hint=self._how_to_fill(count, reasons["held out"]),
             )
+
+    def _how_to_fill(self, count: Counts, held_out: int) -> str | None:
+        if count.long and self.settings.on_long == "truncate":
+            return "nothing of the answers is within --seq-len; a larger one keeps them"
+        if count.long:
+            return "--on-long truncate or a larger --seq-len keep long rows"
+        if held_out:  # duplicates stay together
+            return "--val-fraction 0 holds nothing out, --val-data names other rows"
+        return None
 
 
 def _only_held_out(labels: np.ndarray, is_val: np.ndarray) -> np.ndarray:

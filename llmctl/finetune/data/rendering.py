@@ -11,6 +11,7 @@ from llmctl.finetune.data.forms import Chat, Completion, Text
 from llmctl.tokenizer import Tokenizer
 
 Span = tuple[int, int]
+_OTHER_TEMPLATE = "--chat-template gives another; --skip-bad counts such rows and goes on"
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,10 @@ class Renderer:
         return len(os.path.commonprefix([text, prompt])) if text.startswith(bare) else None
 
     def _render(self, chat: Chat, n_messages: int, **options):
-        return self.tokenizer.render_chat(chat.messages[:n_messages], tools=chat.tools, **options)
+        try:
+            return self.tokenizer.render_chat(chat.messages[:n_messages], tools=chat.tools, **options)
+        except UserError as error:
+            raise UserError(error.message, error.hint or _OTHER_TEMPLATE) from error
 
     def _check_turns(self, chat: Chat) -> None:
         """Once for each sequence of roles: does every turn come out, in order? Marks stand in for the words."""
@@ -119,11 +123,12 @@ class Renderer:
         for number, message in enumerate(chat.messages):
             places = [text.find(mark) for mark in _marks(message, number)]
             if -1 in places:
-                raise UserError(f"the chat template leaves out turn {number + 1} ({message['role']})")
+                raise UserError(f"the chat template leaves out turn {number + 1} ({message['role']})", _OTHER_TEMPLATE)
             # the system's words may be put wherever the model was trained to find them
             if places and message["role"] not in ("system", "developer"):
                 if places[0] < before:
-                    raise UserError(f"the chat template puts turn {number + 1} ({message['role']}) out of its place")
+                    said = f"the chat template puts turn {number + 1} ({message['role']}) out of its place"
+                    raise UserError(said, _OTHER_TEMPLATE)
                 before = max(places)
         self._checked.add(shape)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import PurePath
 from typing import Any
 
@@ -21,6 +21,8 @@ from llmctl.stream_source import MARKER, SequentialSource
 from llmctl.streams import TokenStream, read_stream
 
 BLOCK = 1 << 18
+_STRANGE_BYTE = re.compile("[\udc80-\udcff]")
+"""As which `surrogateescape` shows what is not UTF-8."""
 _PARQUET = b"PAR1"
 _PARQUET_ROWS = 256
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -136,10 +138,8 @@ def _separator(head: bytes, name: str) -> str:
 def _table(content: SequentialSource, separator: str, name: str, header: list[str] | None = None) -> Iterator[Row]:
     def text() -> Iterator[str]:
         for number, line in enumerate(_lines(content), 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8") + "\n"
-            except UnicodeDecodeError as error:
-                raise UserError(f"{name}:{number}: the byte 0x{line[error.start]:02x} is not UTF-8") from error
+            # what is no UTF-8 is noticed in the cell that has it
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape") + "\n"
 
     reader = csv.reader(text(), delimiter=separator, strict=True)
     expected = "the header has {}" if header is None else f"expected {{}} ({', '.join(header)})"
@@ -152,8 +152,15 @@ def _table(content: SequentialSource, separator: str, name: str, header: list[st
             continue
         if cells is None:
             return
-        if header is None:
+        if (strange := _STRANGE_BYTE.search("".join(cells))) is not None:
+            error = UserError(f"the byte 0x{ord(strange[0]) - 0xDC00:02x} is not UTF-8")
+            if header is None:
+                raise UserError(f"{place}: {error.message}")
+            yield Row(place, error=error)
+        elif header is None:
             header = [cell.strip() for cell in cells]
+            if twice := [column for column in header if header.count(column) > 1]:
+                raise UserError(f"{place}: the header has {twice[0]!r} twice")
         elif len(cells) == len(header):
             yield Row(place, dict(zip(header, cells)))
         elif cells:
@@ -172,13 +179,3 @@ def _parquet(file: CountedFile | None, content: SequentialSource, name: str) -> 
             for number, fields in enumerate(batch.to_pylist(), number + 1):  # noqa: B020 - it counts on over batches
                 # a column that a row does not use is null there
                 yield Row(f"{name}: row {number}", {key: value for key, value in fields.items() if value is not None})
-
-
-def first_row(rows: Iterator[Row | TokenStream]) -> tuple[Row | TokenStream | None, Iterator[Row | TokenStream]]:
-    """The first row that can be read, and all rows again."""
-    seen = []
-    for row in rows:
-        seen.append(row)
-        if isinstance(row, TokenStream) or row.fields is not None:
-            return row, chain(seen, rows)
-    return None, iter(seen)
