@@ -16,7 +16,7 @@
 namespace llmctl {
 namespace {
 
-// Cut into sections where whole tiles are fewer than this for each thread.
+// Whole tiles for each thread that make it no matter if one gets one more than the others.
 constexpr int64_t tiles_per_thread = 4;
 // Multiplications that one thread has done before another is at work.
 constexpr int64_t worthwhile = 1 << 16;
@@ -172,9 +172,10 @@ void run_attention(int32_t dtype, const AttentionArgs& args) {
     if (args.batch == 0 || args.queries == 0 || args.heads == 0 || args.head_dim == 0) return;
     const AttentionKernels& chosen = dtype == LLMCTL_F32 ? kernels().attention_f32 : kernels().attention_bf16;
     const Tiles tiles(args);
+    const bool is_even = tiles.count() % threads() == 0 || tiles.count() >= tiles_per_thread * threads();
     if (args.batch * args.queries * args.heads * args.keys * args.head_dim <= worthwhile) {
         for (int64_t i = 0; i < tiles.count(); ++i) by_tile(args, chosen, tiles[i]);
-    } else if (tiles.count() < tiles_per_thread * threads() && args.keys > attention_section) {
+    } else if (!is_even && args.keys > attention_section) {  // whose sums then wander from core to core
         by_sections(args, chosen, tiles);
     } else {
         parallel_for(tiles.count(), [&](int64_t i) { by_tile(args, chosen, tiles[i]); });

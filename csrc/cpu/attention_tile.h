@@ -22,8 +22,17 @@ LLMCTL_INLINE int64_t group_size(const AttentionArgs& a) { return a.heads / a.kv
 struct SectionKeys {
     SectionKeys(const AttentionArgs& a, const AttentionTile& tile, int64_t section) : args(a) {
         start = (a.origins ? a.origins[tile.sequence] : 0) + section * attention_section;
+        const int64_t group = group_size(a);
+        int64_t query = tile.first_row / group, next = (query + 1) * group - tile.first_row;  // the next query's first row
         for (int64_t r = 0; r < tile.n_rows; ++r) {
-            const KeyRange keys = visible_keys(a, tile.sequence, (tile.first_row + r) / group_size(a));
+            if (r == next) {
+                ++query;
+                next += group;
+            } else if (r > 0) {
+                ranges[r] = ranges[r - 1];
+                continue;
+            }
+            const KeyRange keys = visible_keys(a, tile.sequence, query);
             ranges[r] = {clamped(keys.begin - start, 0, attention_section),
                          clamped(keys.end - start, 0, attention_section)};
             if (ranges[r].begin >= ranges[r].end) continue;

@@ -1,10 +1,10 @@
-"""Attention of inference against torch's scaled_dot_product_attention, in alternating calls.
+"""Attention of inference against torch's scaled_dot_product_attention, in alternating passes.
 
     python tests/bench/attention.py [--threads 2] [--rounds 15] [--context 4096] [--isa avx2]
 
 Decoding (one query for each sequence) and reading prompts, with grouped heads. torch has the better of its two ways:
-enable_gqa, or keys and values repeated for each head beforehand, at no cost to it. Prints medians and the ratio. Each call
-takes another layer's keys and values, as a model does.
+enable_gqa, or keys and values repeated for each head beforehand, at no cost to it. A pass goes through the keys and values
+of several layers, as a model's step does. Prints the medians of a call, and their ratio.
 """
 
 from __future__ import annotations
@@ -66,11 +66,12 @@ def measure(torch, args, dtype, batch, heads, kv_heads, queries, size) -> tuple[
     }
     times = {name: [] for name in calls}
     with torch.inference_mode():
-        for i in range(args.rounds + 2):
+        for _ in range(args.rounds + 2):
             for name, call in calls.items():
                 start = time.perf_counter()
-                call(i % LAYERS)
-                times[name].append(time.perf_counter() - start)
+                for layer in range(LAYERS):
+                    call(layer)
+                times[name].append((time.perf_counter() - start) / LAYERS)
     found = {name: statistics.median(values[2:]) for name, values in times.items()}
     n_bytes = 2 * batch * kv_heads * context * size * dtype.itemsize
     return found["ours"], min(found["enable_gqa"], found["repeated"]), n_bytes
