@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from llmctl.finetune import adapter, methods
 from llmctl.generation.records import Row
 from llmctl.generation.session import Session
 from llmctl.generation.settings import Sampling
@@ -74,6 +77,32 @@ def test_logits_do_not_depend_on_the_batch(model, dtype):
         together = logits_of(model, [prompts[i] for i in rows], [drawn[i] for i in rows], dtype)
         for i, found in zip(rows, together):
             assert torch.equal(found, alone[i]), f"prompt {i} in a batch of {len(rows)}"
+
+
+ADAPTERS = {
+    "lora": methods.Lora(rank=5, targets=("all-linear", "embed_tokens")),
+    "dora": methods.Lora(rank=5, dora=True),
+    "bottlenecks": methods.Bottleneck(width=13),
+    "ia3": methods.Ia3(),
+    "prompt": methods.SoftPrompt(3),
+    "prefix": methods.Prefix(3),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", ADAPTERS.values(), ids=ADAPTERS)
+def test_logits_with_an_adapter_do_not_either(model, dtype, method):
+    model, generator = copy.deepcopy(model).to(dtype), torch.Generator().manual_seed(2)
+    adapter.attach(model, method)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    prompts = [torch.randint(0, 257, (n,), generator=generator).tolist() for n in (1, 7, 130, 29)]
+    drawn = torch.randint(0, 257, (4, 2), generator=generator).tolist()
+    alone = [logits_of(model, [prompts[i]], [drawn[i]], dtype)[0] for i in range(4)]
+    for i, found in enumerate(logits_of(model, prompts, drawn, dtype)):
+        assert torch.equal(found, alone[i]), f"prompt {i}"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

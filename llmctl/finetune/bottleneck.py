@@ -11,6 +11,7 @@ from torch import nn
 from llmctl.errors import UserError
 from llmctl.finetune.methods import Bottleneck
 from llmctl.finetune.sites import adapted
+from llmctl.ops.linear import linear
 
 
 class BottleneckBranch(nn.Module):
@@ -72,5 +73,5 @@ def _initialize(branch: BottleneckBranch, generator: torch.Generator) -> None:
         tensor.zero_()
 
 
-def _linear(linear: nn.Linear, x_BTD: torch.Tensor) -> torch.Tensor:
-    return F.linear(x_BTD, linear.weight.to(x_BTD.dtype), linear.bias.to(x_BTD.dtype))
+def _linear(layer: nn.Linear, x_BTD: torch.Tensor) -> torch.Tensor:
+    return linear(x_BTD, layer.weight.to(x_BTD.dtype), layer.bias.to(x_BTD.dtype))

@@ -13,6 +13,7 @@ from torch import nn
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune.methods import Lora
 from llmctl.finetune.sites import Site, choose, device_for, find_sites, replace
+from llmctl.ops.linear import linear
 
 
 class LoraLinear(nn.Module):
@@ -43,8 +44,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         dropped_BTD = F.dropout(x_BTD, self.dropout) if self.training and self.dropout else x_BTD
-        low_BTR = F.linear(dropped_BTD, self.lora_A.to(x_BTD.dtype))
-        added_BTF = F.linear(low_BTR, (self.scaling * self.lora_B).to(x_BTD.dtype))
+        low_BTR = linear(dropped_BTD, self.lora_A.to(x_BTD.dtype))
+        added_BTF = linear(low_BTR, (self.scaling * self.lora_B).to(x_BTD.dtype))
         if self.magnitude is None:
             return self.base(x_BTD) + added_BTF
         bias = 0.0 if self.base.bias is None else self.base.bias
@@ -88,7 +89,7 @@ class LoraEmbedding(nn.Module):
     def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
         x_BTD = self.base(ids_BT)
         low_BTR = F.embedding(ids_BT, self.lora_A.mT)
-        return x_BTD + F.linear(low_BTR, self.scaling * self.lora_B).to(x_BTD.dtype)
+        return x_BTD + linear(low_BTR, self.scaling * self.lora_B).to(x_BTD.dtype)
 
 
 def attach(model: nn.Module, lora: Lora, seed: int = 0) -> list[Site]:
