@@ -61,6 +61,11 @@ class DecodeGraph:
         except NotCovered:
             return None
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the next token of the same rows is replayed."""
+        return self._step is not None and self._step.replay is not None
+
     def __deepcopy__(self, memo: dict) -> DecodeGraph:
         """The same for a cache's copy: it is the model's."""
         return self

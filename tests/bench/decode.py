@@ -203,4 +203,5 @@ def quantized(torch, shape, bits: int, group: int):
     return QuantizedLinear(AffineWeight(codes, scales, None, bits, group), None, torch.bfloat16)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,10 @@
 """The CUDA kernels against torch's own on the device at hand, in turn, as one table.
 
-    python tests/bench/gpu.py [--repeats 50]
+    python tests/bench/gpu.py [--repeats 50] [--kinds bf16 int4-64 int8-128]
 
-Decode attention is compared with the bandwidth of a copy on the same device, sampling with the sorting reference in torch.
+Decode attention, products with weights in few bits and decode steps are compared with the bandwidth of a copy on the same device,
+these products with torch's of the same shape in bfloat16, sampling with the sorting reference in torch, and a decode step of the
+1.1B shape (see `decode.py large`), replayed from a graph, with the modules on torch's own kernels.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import statistics
 import sys
 
 import torch
+import torch.nn.functional as F
+from decode import large_model, quantized
 
 from llmctl.generation.rules import Rules
 from llmctl.generation.sampling import Sampler
 from llmctl.generation.settings import Sampling, resolve
+from llmctl.models.cache import Cache
 from llmctl.ops import activation, norm
 from llmctl.ops.attention import attention
 from llmctl.ops.visibility import Visibility
@@ -58,11 +63,56 @@ def row(name: str, ours: float, theirs: float, more: str = "") -> None:
     print(f"{name:48} {ours:9.4f} ms  torch {theirs:9.4f} ms  {theirs / ours:6.2f} x  {more}", flush=True)
 
 
+def measure_products(bandwidth: float, repeats: int) -> None:
+    """A few rows of x times weights in few bits; torch's column is the same in bfloat16."""
+    for n_out, n_in in [(2048, 2048), (5632, 2048), (4096, 14336), (28672, 8192)]:
+        plain = torch.randn(n_out, n_in, device="cuda").bfloat16()
+        for bits, group in [(4, 32), (4, 128), (8, 128)]:
+            layer = quantized(torch, (n_out, n_in), bits, group).to("cuda")
+            for rows in (1, 8, 32):
+                x = torch.randn(rows, n_in, device="cuda").bfloat16()
+                os.environ["LLMCTL_KERNELS"] = "cuda"
+                ours = milliseconds(lambda layer=layer, x=x: layer(x), repeats)
+                theirs = milliseconds(lambda plain=plain, x=x: F.linear(x, plain), repeats)
+                share = layer.quantized.nbytes / ours / 1e6 / bandwidth
+                row(f"int{bits}-{group} {rows} x {n_in} -> {n_out}", ours, theirs, f"{share:.0%} of copy")
+
+
+def measure_decoding(kinds: list[str], bandwidth: float, repeats: int) -> None:
+    for kind in kinds:
+        model, n_bytes = large_model(torch, kind)
+        model = model.to("cuda")
+        for batch, length in [(1, 512), (8, 512), (32, 2048)]:
+            ours, cache = decoding(model, batch, length, "cuda", repeats)
+            theirs, _ = decoding(model, batch, length, "reference", repeats)
+            n_read = n_bytes + sum(2 * entry.keys[:, :, :length].nbytes for entry in cache.layers)
+            how = "" if cache.step is not None and cache.step.is_recorded else ", NO GRAPH"
+            more = f"{n_read / ours / 1e6 / bandwidth:.0%} of copy, {1000 * batch / ours:.0f} tokens/s{how}"
+            row(f"decode step 1.1B {kind} B{batch} S{length}", ours, theirs, more)
+
+
+def decoding(model, batch: int, length: int, choice: str, repeats: int) -> tuple[float, Cache]:
+    """Milliseconds of the token behind so many, again and again, and the cache."""
+    os.environ["LLMCTL_KERNELS"] = choice
+    ids_B1 = torch.ones(batch, 1, dtype=torch.int64, device="cuda")
+    cache, _ = model.begin([[1]] * batch, [[1]] * batch, length + 8)
+
+    def step() -> None:
+        cache.length = length
+        model.next_logits(ids_B1, cache)
+
+    return milliseconds(step, repeats), cache
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=50)
-    repeats = parser.parse_args().repeats
+    parser.add_argument(
+        "--kinds", nargs="*", default=["bf16", "int4-64", "int8-128"], help="weights of the decode step"
+    )
+    args = parser.parse_args()
+    repeats = args.repeats
     if not torch.cuda.is_available():
         sys.exit("no CUDA device")
     bandwidth = copy_bandwidth(repeats)
@@ -84,6 +134,8 @@ def main() -> None:
     row("rms_norm 32 x 4096", *both(lambda: norm.rms_norm(x, weight, 1e-6), repeats))
     gate = torch.randn(8192, 14336, device="cuda").bfloat16()
     row("silu(x) * up, 8192 x 14336", *both(lambda: activation.activate("silu", gate, gate), repeats))
+    measure_products(bandwidth, repeats)
+    measure_decoding(args.kinds, bandwidth, repeats)
 
 
 if __name__ == "__main__":
