@@ -1,5 +1,6 @@
 """The decode step that a CUDA device replays, against the modules: on a CPU, with a recorder that does what a graph does. It
-runs the same operations again with the addresses and numbers that they had."""
+runs the same operations, and the same kernels on an emulation of CUDA's threads, again with the addresses and numbers that they
+had."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import logging
 
 import pytest
 import torch
+from test_cuda_kernels import library  # noqa: F401
 from test_decode_step import CONFIGS, NOT_COVERED, PROMPTS, adapted, model_of, quantize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,12 +18,28 @@ from llmctl.generation.settings import Sampling, resolve
 from llmctl.models import decode_graph
 from llmctl.models.decode_graph import DecodeGraph
 from llmctl.models.decode_step import NotCovered
+from llmctl.ops import activation, cached_attention, native, norm, quantized_linear, rotary
 
 
 class Recording(TorchDispatchMode):
+    """Calls of torch's operations and of the library's kernels."""
+
     def __init__(self):
         super().__init__()
         self.calls = []
+
+    def __enter__(self):
+        self._call = native.call
+        native.call = self._kernel
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        native.call = self._call
+        return super().__exit__(*error)
+
+    def _kernel(self, *args):
+        self._call(*args)
+        self.calls.append((self._call, args, {}, ()))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default):
@@ -39,7 +57,12 @@ class Recording(TorchDispatchMode):
 
 
 def _tensors(out):
-    return [out] if isinstance(out, torch.Tensor) else list(out)
+    return [out] if isinstance(out, torch.Tensor) else list(out or ())
+
+
+KERNELS = (
+    "llmctl_cuda_rms_norm llmctl_cuda_rotate llmctl_cuda_activation llmctl_cuda_attention llmctl_cuda_quantized_linear"
+)
 
 
 class Recorder:
@@ -115,6 +138,32 @@ def test_quantized_matrices():
     for _ in range(6):
         ids_BT = check_step(model, ids_BT, graph, modules)
     assert recorder.count
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@torch.inference_mode()
+def test_the_kernels_of_the_library_are_replayed(family, library, monkeypatch):  # noqa: F811
+    """As on a device: what is written in Python around each kernel, with windows, padding and norms of heads."""
+    model = model_of({**CONFIGS[family], "hidden_size": 64, "intermediate_size": 80})
+    for layer in model.layers:
+        layer.ffn.down_proj = quantize(layer.ffn.down_proj, 4, True)
+        layer.mixer.o_proj = quantize(layer.mixer.o_proj, 8, False)
+    recorder, called = Recorder(), set()
+    graph, ids_BT = begin(model, PROMPTS, recorder)
+    modules, _ = begin(model, PROMPTS)
+    call = native.call
+    monkeypatch.setattr(native, "call", lambda library, name, *args: (called.add(name), call(library, name, *args))[1])
+    expected = model.next_logits(ids_BT, modules)
+    model.next_logits(ids_BT, graph)
+    for _ in range(12):
+        ids_BT = expected.argmax(-1, keepdim=True)
+        expected = model.next_logits(ids_BT, modules)
+        with monkeypatch.context() as kernels:
+            for module in (activation, cached_attention, norm, quantized_linear, rotary):
+                kernels.setattr(module, "cuda_library", lambda *_: library)
+            found = model.next_logits(ids_BT, graph)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    assert recorder.count == 2 and called >= set(KERNELS.split())
 
 
 @torch.inference_mode()

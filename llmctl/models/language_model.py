@@ -68,7 +68,8 @@ class LanguageModel(Stack):
         """Token embeddings, scaled where the model scales them (in its own dtype, as Gemma does)."""
         x_BTD = self.embed_tokens(input_ids_BT)
         scale = self.config.embedding_scale
-        return x_BTD if scale == 1.0 else x_BTD * torch.tensor(scale, dtype=x_BTD.dtype)
+        # a number of the host is an argument of the product wherever that is taken
+        return x_BTD if scale == 1.0 else x_BTD * torch.tensor(scale, dtype=x_BTD.dtype, device="cpu")
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
         """[B, T, V] of hidden states. Raises UserError where the checkpoint came without a head."""

@@ -44,9 +44,9 @@ def applies(q_BHTK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor) ->
     """Whether `attention` can be called: no gradient is asked for, and the kernel exists here and takes these."""
     if q_BHTK.shape[-1] > MAX_HEAD_DIM or k_BGSK.shape != v_BGSK.shape:
         return False
-    if q_BHTK.device.type == "cpu":
-        return is_inference(q_BHTK, k_BGSK, v_BGSK) and inference_library() is not None
-    return q_BHTK.shape[2] <= FEW_QUERIES and cuda_library(q_BHTK, k_BGSK, v_BGSK) is not None
+    if q_BHTK.shape[2] <= FEW_QUERIES and cuda_library(q_BHTK, k_BGSK, v_BGSK) is not None:
+        return True
+    return is_inference(q_BHTK, k_BGSK, v_BGSK) and inference_library() is not None
 
 
 def attention(
@@ -92,10 +92,10 @@ def _run(
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     args = arguments(q, k, v, out, first, end, origins, bias, causal_offset, scale, softcap)
-    if q.device.type == "cpu":
-        native.call(inference_library(), "llmctl_attention", DTYPES[q.dtype], ctypes.byref(args))
+    if device := cuda_library(q, k, v):
+        on_cuda(device, q, args)
     else:
-        on_cuda(cuda_library(q, k, v), q, args)
+        native.call(inference_library(), "llmctl_attention", DTYPES[q.dtype], ctypes.byref(args))
     return out
 
 
