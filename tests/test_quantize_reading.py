@@ -184,6 +184,7 @@ def packed_said(group) -> dict:
     "said,message",
     [
         ({"quant_method": "quip"}, "quantized by 'quip'; llmctl reads"),
+        ({"quant_method": {"a": 1}}, "quantized by {'a': 1}; llmctl reads"),
         ({"quant_method": "gptq", "bits": 5}, "GPTQ with 5 bits"),
         (gptq_said(version="marlin"), "'marlin'"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'gemv'"),
@@ -217,6 +218,34 @@ def test_scales_of_scales_that_are_cut_are_named(tmp_path, ending):
     edit(tmp_path / "nf4", lambda tensors: cut(tensors, ending))
     with pytest.raises(UserError, match=f"{ending} has shape"):
         load_model(tmp_path / "nf4")
+
+
+@pytest.mark.parametrize(
+    "form,ending,change,message",
+    [
+        ("fp8", "weight_scale", lambda scales: scales[None], "does not divide"),
+        ("fp8", "weight_scale", lambda scales: scales[:0], "does not divide"),
+        ("fp8", "weight_scale", lambda scales: scales[:-1], "does not divide"),
+        ("fp8", "weight_scale", lambda _: None, "is float8_e4m3fn and has no scale"),
+        ("fp8", "weight", lambda weight: weight.view(torch.int8).fill_(127).view(weight.dtype), "are no numbers"),
+        ("llm-int8", "SCB", lambda _: None, "is int8 and has no scale"),
+        ("llm-int8", "weight_format", lambda kind: kind[None].repeat(2) + 1, "in a GPU's own order"),
+        ("nf4", "weight.quant_map", lambda table: table * torch.nan, "quant_map has values that are no numbers"),
+        ("nf4", "weight.absmax", lambda codes: codes.float(), "dtype float32; the layout says uint8"),
+    ],
+)
+def test_what_is_damaged_in_other_layouts_is_named(tmp_path, form, ending, change, message):
+    plain, _ = write(tmp_path, lambda i, o: gptq_tensors(4, 32, "gptq", False, i, o), gptq_said())
+    quantize(plain, tmp_path / "few", QuantizeSettings(format=form))
+
+    def damage(tensors):
+        found = change(tensors.pop(f"{LINEAR}.{ending}"))
+        if found is not None:
+            tensors[f"{LINEAR}.{ending}"] = found.contiguous()
+
+    edit(tmp_path / "few", damage)
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "few")
 
 
 @pytest.mark.parametrize("key,value", [("num_bits", "4"), ("num_bits", None), ("group_size", "all")])

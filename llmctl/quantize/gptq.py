@@ -23,8 +23,6 @@ LEAF = 16
 ATTEMPTS = 4
 REFITS, RIDGE = 1, 0.01
 """How often scales are fitted and codes chosen again, and how much of a scale's own square holds it back."""
-DRIFT = 0.5
-"""How much of what earlier rounding did to the inputs a matrix makes up for."""
 
 
 def solve(
@@ -50,7 +48,7 @@ def solve(
     upper_KK = _inverse_root(hessian_KK[order][:, order], damping)
     if drift_KK is not None:
         missing_NK = (weight_NK @ drift_KK)[:, order]
-        weight_NK = weight_NK + DRIFT * ((missing_NK @ upper_KK.mT) @ upper_KK)[:, back]
+        weight_NK = weight_NK + ((missing_NK @ upper_KK.mT) @ upper_KK)[:, back]
     # what an error of each column costs after the others have made up for it (the paper's equation 2)
     costs_K = upper_KK.diagonal()[back] ** -2
     scales_NJ, zeros_NJ = rounding.scales_and_zeros(weight_NK, scheme, dtype, costs_K)

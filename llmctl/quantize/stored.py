@@ -17,6 +17,7 @@ from llmctl.quantize import layouts
 from llmctl.tensor_file import NamedTensors
 
 CONFIG_KEY = "quantization_config"
+_CODES = (torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 
 def open_weights(path: str | os.PathLike) -> TensorFiles | QuantizedFiles:
@@ -38,6 +39,7 @@ class QuantizedFiles(NamedTensors):
         self._named = dict.fromkeys([*(name for name in stored if name not in parts), *self._modules])
         self._transposed = _transposed(hf.get("model_type"))
         self._dtype = self._plain_dtype(hf)
+        self._refuse_bare_codes()
 
     def bits(self, name: str) -> int | None:
         """In how many a weight of a quantized matrix is stored, scales aside; None for other tensors."""
@@ -89,6 +91,14 @@ class QuantizedFiles(NamedTensors):
 
     def lazy(self, name: str) -> LazyTensor:
         return LazyTensor(self.shape(name), self.dtype(name), lambda: self.copy(name))
+
+    def _refuse_bare_codes(self) -> None:
+        for name in self._named:
+            if name.endswith(".weight") and name not in self._modules and self.stored.dtype(name) in _CODES:
+                kind = self.stored.dtype_name(name)
+                raise UserError(
+                    f"{self.path}: {name} is {kind} and has no scale beside it", hint="the checkpoint is incomplete"
+                )
 
     def _is_transposed(self, name: str) -> bool:
         return any(pattern.search(name) for pattern in self._transposed)

@@ -35,7 +35,7 @@ def find(said: Mapping, files: TensorFiles) -> Layout:
     method = said.get("quant_method")
     if method is None and (said.get("load_in_4bit") or said.get("load_in_8bit")):
         method = "bitsandbytes"
-    if method not in _KINDS:
+    if not isinstance(method, str) or method not in _KINDS:
         near = did_you_mean(str(method), _KINDS)
         raise UserError(
             f"{files.path}: quantized by {method!r}; llmctl reads {', '.join(_KINDS)}",

@@ -54,7 +54,7 @@ class BitsAndBytes:
         values_NK = parts.tensor(self._files, module, "weight", (None, None), (torch.int8,))
         scales_N = parts.tensor(self._files, module, "SCB", (len(values_NK),), (torch.float32,))
         scales_N = parts.is_finite(self._files, f"{module}.SCB", scales_N)
-        if self._files.get(f"{module}.weight_format").item() if "weight_format" in self._modules[module] else 0:
+        if "weight_format" in self._modules[module] and parts.tensor(self._files, module, "weight_format").any():
             raise UserError(
                 f"{self._files.path}: {module} is in a GPU's own order; llmctl reads rows",
                 hint="save it again with bitsandbytes 0.45 or later",
@@ -65,7 +65,8 @@ class BitsAndBytes:
         state, (n_out, n_in) = self._state(module), self.shape(module)
         bytes_M = parts.tensor(self._files, module, "weight").view(torch.uint8).flatten()
         n_blocks = -(-n_out * n_in // state["blocksize"])
-        scales_B = parts.tensor(self._files, module, "weight.absmax").flatten()
+        dtypes = (torch.uint8,) if "nested_blocksize" in state else (torch.float32, torch.float16, torch.bfloat16)
+        scales_B = parts.tensor(self._files, module, "weight.absmax", dtypes=dtypes).flatten()
         if len(bytes_M) != -(-n_out * n_in // 2) or len(scales_B) != n_blocks:
             raise UserError(
                 f"{self._files.path}: {module} has {len(bytes_M):,} bytes and {len(scales_B):,} scales; "
@@ -80,7 +81,9 @@ class BitsAndBytes:
             outer_B = nested.repeat_interleave(state["nested_blocksize"])[:n_blocks]
             scales_B = code[scales_B.int()] * outer_B + state["nested_offset"]
         table_16 = parts.tensor(self._files, module, "weight.quant_map", (16,)).float()
-        scales_B = parts.is_finite(self._files, f"{module}.weight.absmax", scales_B.float())
+        for ending, values in (("absmax", scales_B), ("quant_map", table_16)):
+            parts.is_finite(self._files, f"{module}.weight.{ending}", values)
+        scales_B = scales_B.float()
         return TableWeight(bytes_M, table_16, scales_B, state["blocksize"], (n_out, n_in))
 
     def _state(self, module: str) -> dict:
@@ -91,7 +94,8 @@ class BitsAndBytes:
             sizes = {key: int(state[key]) for key in ("blocksize", "nested_blocksize") if key in state}
             if any(size < 1 for size in sizes.values()):
                 raise ValueError(sizes)
-            return {**state, **sizes, "shape": (int(n_out), int(n_in))}
+            offset = float(state["nested_offset"]) if "nested_blocksize" in state else 0.0
+            return {**state, **sizes, "nested_offset": offset, "shape": (int(n_out), int(n_in))}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self._files.path}: {module}.{ending} is no description of 4-bit weights") from error
 

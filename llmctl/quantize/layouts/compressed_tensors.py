@@ -73,8 +73,7 @@ class CompressedTensors:
         dtypes = (torch.int8, torch.float8_e4m3fn)
         values_NK = parts.tensor(self._files, module, "weight", (None, None), dtypes)
         if values_NK.dtype == torch.float8_e4m3fn:
-            scales = parts.is_finite(self._files, f"{module}.weight_scale", self._files.get(f"{module}.weight_scale"))
-            return FloatWeight(values_NK, scales.reshape(-1, 1) if scales.dim() < 2 else scales)
+            return self._of_floats(module, values_NK)
         n_out, n_in = values_NK.shape
         scales_NJ, size = self._scales(module, args, n_out, n_in)
         zeros_NJ = None
@@ -83,6 +82,19 @@ class CompressedTensors:
             zeros_NJ = (zeros.reshape(-1, scales_NJ.shape[1]).expand_as(scales_NJ) + 128).to(torch.uint8)
         codes_NK = (values_NK.to(torch.int16) + 128).to(torch.uint8)
         return self._grouped(module, AffineWeight(codes_NK, scales_NJ, zeros_NJ, 8, size))
+
+    def _of_floats(self, module: str, values_NK: torch.Tensor) -> FloatWeight:
+        scales = parts.tensor(self._files, module, "weight_scale", dtypes=_FLOATS)
+        scales = scales.reshape(-1, 1) if scales.dim() < 2 else scales
+        sizes = zip(values_NK.shape, scales.shape)
+        if scales.dim() != 2 or not all(count and size % count == 0 for size, count in sizes):
+            raise UserError(
+                f"{self._files.path}: {module}.weight_scale has shape {list(scales.shape)}, which does not divide the "
+                f"{list(values_NK.shape)} weights into blocks"
+            )
+        for ending, values in (("weight", values_NK), ("weight_scale", scales)):
+            parts.is_finite(self._files, f"{module}.{ending}", values)
+        return FloatWeight(values_NK, scales)
 
     def _scales(self, module: str, args: Mapping, n_out: int, n_in: int) -> tuple[torch.Tensor, int]:
         """[N, J], and how many weights share one."""
