@@ -318,6 +318,16 @@ def test_weights_that_are_no_numbers_are_named(tmp_path):
     save_model(model, tmp_path)
     with pytest.raises(UserError, match=r"layers.0.self_attn.k_proj.weight has 1 values that are NaN"):
         quantize(tmp_path, tmp_path / "out", QuantizeSettings(format="int8"))
+    model.layers[0].mixer.k_proj.weight.data[3, 4] = 0
+    model.layers[0].ffn_norm.weight.data[5] = math.inf
+    save_model(model, tmp_path)
+    Tokenizer.bytes().save(tmp_path)
+    (tmp_path / "text").write_text("all work and no play " * 50)
+    how = QuantizeSettings(format="int8", method="gptq", calibration=str(tmp_path / "text"))
+    with pytest.raises(
+        UserError, match=r"layers.0.post_attention_layernorm.weight has 1 values that are NaN or infinite"
+    ):
+        quantize(tmp_path, tmp_path / "out", how)
     assert not (tmp_path / "out").exists()
 
 

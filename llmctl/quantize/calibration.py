@@ -50,7 +50,7 @@ def read(path: str | None, tokenizer: Tokenizer | None, config: ModelConfig, sam
     n_held_out = max(int(len(ids) * HELD_OUT_SHARE), FEWEST_TOKENS // 4)
     if len(ids) < FEWEST_TOKENS:
         raise UserError(
-            f"{path}: {len(ids)} tokens to calibrate on; expected at least {FEWEST_TOKENS}",
+            f"{_named(path)}: {len(ids)} tokens to calibrate on; expected at least {FEWEST_TOKENS}",
             hint="a few hundred kilobytes of text like what the model will read are enough",
         )
     train, held_out = ids[:-n_held_out], ids[-n_held_out:]
@@ -67,12 +67,16 @@ def _spread(ids: torch.Tensor, rows: int, length: int) -> torch.Tensor:
 
 def _ids(path: str, tokenizer: Tokenizer, wanted: int) -> torch.Tensor:
     source = sys.stdin.buffer if path == "-" else _open(path)
-    name = "standard input" if path == "-" else path
+    name = _named(path)
     with source:
         if source.peek(1)[:1] == STREAM_START:
             return _of_stream(source, name, tokenizer, wanted)
         text = source.read(MOST_BYTES)
     return torch.tensor(tokenizer.encode(_decoded(text, name)), dtype=torch.long)
+
+
+def _named(path: str) -> str:
+    return "standard input" if path == "-" else path
 
 
 def _decoded(text: bytes, name: str) -> str:

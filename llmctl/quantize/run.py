@@ -174,8 +174,8 @@ class _Job:
                 weight = matrix.upright(self._finite(f"{matrix.theirs}.weight"))
                 self.spool.add(matrix.theirs, storage.rounded(weight, self.schemes[matrix.theirs], self.dtype))
             return {}
-        for matrix in chosen:
-            self._finite(f"{matrix.theirs}.weight")
+        for name in self._files:  # what is no number would come back from the calibration as something else
+            self._finite(name)
         method = {"gptq": Gptq, "awq": Awq}[self.settings.method]
         work = method(self.path, chosen, self.schemes, self.dtype, self.settings)
         return work.run(self.rows.calibration_BT, self.spool, self._progress)
