@@ -1,45 +1,29 @@
-// Products of few rows with weights in few bits. A warp reads codes of 32 outputs, turns them in its registers into bfloat16,
-// which holds code - zero exactly, and the matrix units multiply them by 8 rows of x at once; the sums of a run of 32 weights are
-// then scaled. The warps of a block share the same outputs and divide the weights of a row among them.
+// Products of few rows with weights in few bits. A warp reads codes of 32 outputs, turns them in its registers into
+// bfloat16, which holds code - zero exactly, and the matrix units multiply them by 8 rows of x at once; the sums of a run of
+// 32 weights are then scaled. The warps of a block share the same outputs and divide the weights of a row among them.
 #include <algorithm>
 
 #include "boundary.h"
-#include "cuda/device.h"
-#include "cuda/ptx.h"
+#include "cuda/quantized.h"
 
 namespace llmctl {
 namespace cuda {
 namespace {
 
-constexpr int panel_outs = 16, block_weights = 128, run_weights = 32;  // the layout's: see llmctl_quantized_weight
-constexpr int runs = block_weights / run_weights, quads = run_weights / 4;
 constexpr int outs = 2 * panel_outs, tile_rows = 8;  // of a warp, and of one fragment
 constexpr int n_warps = 8, threads = n_warps * warp_size, most_tiles = 4;
 constexpr int blocks_of_a_warp = 2;  // of a row, at least, where a row is divided among blocks of threads
 
 struct Product {
-    llmctl_quantized_weight weight;
+    Weights weights;
     const void* x;
     const void* bias;
     void* out;
     float* parts;  // [pieces, n_rows, n_out], where a row is in more than one
-    int64_t x_stride, out_stride, n_rows, n_blocks, n_panels, n_pieces, piece_blocks;
+    int64_t x_stride, out_stride, n_rows, n_pieces, piece_blocks;
 };
 
 // ---- weights ---------------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ int64_t codes_at(const Product& p, int64_t panel, int64_t block) {
-    return (panel * p.n_blocks + block) * block_weights * panel_outs / 8 * p.weight.bits;
-}
-// Where the scales and zeros of the 16 outputs of a run begin.
-__device__ __forceinline__ int64_t unit_at(const Product& p, int64_t panel, int64_t block, int r) {
-    const int64_t units = block_weights / p.weight.unit;
-    return ((panel * p.n_blocks + block) * units + r * run_weights / p.weight.unit) * panel_outs;
-}
-__device__ __forceinline__ float scale_of(uint32_t bits, int32_t dtype) {
-    if (dtype == LLMCTL_F32) return __uint_as_float(bits);
-    return dtype == LLMCTL_BF16 ? __uint_as_float(bits << 16) : half_to_float(static_cast<uint16_t>(bits));
-}
 
 // What a lane has of a block: of each run two quads of weights of four outputs, these outputs' scales and their zeros.
 template <int Bits, int ScaleBytes>
@@ -52,18 +36,19 @@ struct Held {
 template <int Bits, int ScaleBytes>
 __device__ __forceinline__ void load(const Product& p, int64_t panel, int64_t block, Held<Bits, ScaleBytes>& to) {
     const int lane = static_cast<int>(threadIdx.x) % warp_size, four = lane / 4 % 4, within = lane % 4;
-    const bool exists = panel < p.n_panels;
-    const uint8_t* codes = p.weight.codes + codes_at(p, panel, block) + within * 64 + four * 16;
-    const auto* scales = static_cast<const unsigned char*>(p.weight.scales);
+    const bool exists = panel < p.weights.n_panels;
+    const uint8_t* codes = p.weights.codes(panel, block) + within * 64 + four * 16;
+    const auto* scales = static_cast<const unsigned char*>(p.weights.stored.scales);
 #pragma unroll
     for (int r = 0; r < runs; ++r) {
 #pragma unroll
         for (int half = 0; half < Bits / 4; ++half) {
             to.codes[r][half] = exists ? load_16_bytes_once(codes + (r * (Bits / 4) + half) * 256) : Words<4>{};
         }
-        const int64_t unit = exists ? unit_at(p, panel, block, r) + four * 4 : 0;
+        const int64_t unit = exists ? p.weights.unit(panel, block, r) + four * 4 : 0;
         to.scales[r] = exists ? load_again<ScaleBytes>(scales + unit * ScaleBytes) : Words<ScaleBytes>{};
-        to.zeros[r] = exists && p.weight.zeros ? load_again<1>(p.weight.zeros + unit).of[0] : Bits == 4 ? 0x08080808u : 0x80808080u;
+        to.zeros[r] = Bits == 4 ? 0x08080808u : 0x80808080u;
+        if (exists && p.weights.stored.zeros) to.zeros[r] = load_again<1>(p.weights.stored.zeros + unit).of[0];
     }
 }
 
@@ -120,7 +105,9 @@ __device__ __forceinline__ void split(Words<4> rest, uint32_t (&to)[3][2]) {
     }
 }
 
-__device__ __forceinline__ void put(Words<2>& to, int i, Bf16 x) { to.of[i / 2] |= static_cast<uint32_t>(x.bits) << (16 * (i % 2)); }
+__device__ __forceinline__ void put(Words<2>& to, int i, Bf16 x) {
+    to.of[i / 2] |= static_cast<uint32_t>(x.bits) << (16 * (i % 2));
+}
 __device__ __forceinline__ void put(Words<4>& to, int i, float x) { to.of[i] = __float_as_uint(x); }
 
 template <class Element>
@@ -129,10 +116,10 @@ __device__ __forceinline__ void load_inputs(const Product& p, int64_t row, int64
     Words<sizeof(Element)> four = {};  // as many words as bytes to an element
     if (row < p.n_rows) {
         const Element* from = static_cast<const Element*>(p.x) + row * p.x_stride + first;
-        if (aligned && first + 4 <= p.weight.n_in) {
+        if (aligned && first + 4 <= p.weights.stored.n_in) {
             four = load_again<sizeof(Element)>(from);
         } else {
-            for (int i = 0; i < 4 && first + i < p.weight.n_in; ++i) put(four, i, from[i]);
+            for (int i = 0; i < 4 && first + i < p.weights.stored.n_in; ++i) put(four, i, from[i]);
         }
     }
     split(four, to);
@@ -144,8 +131,8 @@ template <int Tiles>
 using Sums = float[Tiles][2][4];  // of each pair of outputs: see multiply_bf16
 
 template <int Bits, int ScaleBytes, class Element, int Tiles>
-__device__ __forceinline__ void multiply_block(const Product& p, const Held<Bits, ScaleBytes>& held, int64_t first_row, int64_t block,
-                                         bool aligned, Sums<Tiles>& sums) {
+__device__ __forceinline__ void multiply_block(const Product& p, const Held<Bits, ScaleBytes>& held, int64_t first_row,
+                                               int64_t block, bool aligned, Sums<Tiles>& sums) {
     const int lane = static_cast<int>(threadIdx.x) % warp_size;
 #pragma unroll
     for (int r = 0; r < runs; ++r) {
@@ -156,7 +143,7 @@ __device__ __forceinline__ void multiply_block(const Product& p, const Held<Bits
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const uint32_t bits = ScaleBytes == 4 ? held.scales[r].of[i] : held.scales[r].of[i / 2] >> (16 * (i % 2)) & 0xFFFFu;
-            scales[i] = scale_of(bits, p.weight.scales_dtype);
+            scales[i] = p.weights.scale(bits);
         }
 #pragma unroll
         for (int tile = 0; tile < Tiles; ++tile) {
@@ -190,7 +177,7 @@ __global__ void __launch_bounds__(threads) product(Product p, bool aligned) {
     const int warp = static_cast<int>(threadIdx.x) / warp_size, lane = static_cast<int>(threadIdx.x) % warp_size;
     const int64_t panel = static_cast<int64_t>(blockIdx.x) * 2 + lane / 16, first_row = blockIdx.y * Tiles * tile_rows;
     const int64_t first = blockIdx.z * p.piece_blocks + warp, behind = (blockIdx.z + 1) * p.piece_blocks;
-    const int64_t end = behind < p.n_blocks ? behind : p.n_blocks;
+    const int64_t end = behind < p.weights.n_blocks ? behind : p.weights.n_blocks;
     Sums<Tiles> sums = {};
     Held<Bits, ScaleBytes> held;
     if (first < end) load<Bits, ScaleBytes>(p, panel, first, held);
@@ -209,13 +196,13 @@ __global__ void __launch_bounds__(threads) product(Product p, bool aligned) {
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < Tiles * tile_rows * outs; i += threads) {
         const int64_t row = first_row + i / outs, output = static_cast<int64_t>(blockIdx.x) * outs + i % outs;
-        if (row >= p.n_rows || output >= p.weight.n_out) continue;
+        if (row >= p.n_rows || output >= p.weights.stored.n_out) continue;
         float sum = 0.0f;
         for (int w = 0; w < n_warps; ++w) sum += all[w][i / outs][i % outs];
         if (p.n_pieces == 1) {
             finish<Element>(p, row, output, sum);
         } else {
-            p.parts[(blockIdx.z * p.n_rows + row) * p.weight.n_out + output] = sum;
+            p.parts[(blockIdx.z * p.n_rows + row) * p.weights.stored.n_out + output] = sum;
         }
     }
 }
@@ -223,31 +210,10 @@ __global__ void __launch_bounds__(threads) product(Product p, bool aligned) {
 template <class Element>
 __global__ void join(Product p) {
     const int64_t output = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x, row = blockIdx.y;
-    if (output >= p.weight.n_out) return;
+    if (output >= p.weights.stored.n_out) return;
     float sum = 0.0f;
-    for (int64_t piece = 0; piece < p.n_pieces; ++piece) sum += p.parts[(piece * p.n_rows + row) * p.weight.n_out + output];
+    for (int64_t piece = 0; piece < p.n_pieces; ++piece) sum += p.parts[(piece * p.n_rows + row) * p.weights.stored.n_out + output];
     finish<Element>(p, row, output, sum);
-}
-
-// A warp for each output of a block, a lane for each of its quads.
-template <class Element>
-__global__ void dequantize(Product p) {
-    const int lane = static_cast<int>(threadIdx.x) % warp_size, within = static_cast<int>(threadIdx.x) / warp_size;
-    const int r = lane / quads, quad = lane % quads, is_upper = p.weight.bits == 4 ? quad / 4 : 0;
-    const int64_t panel = blockIdx.y, block = blockIdx.x, output = panel * panel_outs + within;
-    if (output >= p.weight.n_out) return;
-    const int64_t run_bytes = run_weights * panel_outs / 8 * p.weight.bits, chunk = is_upper ? quad - 4 : quad;
-    const uint8_t* codes = p.weight.codes + codes_at(p, panel, block) + r * run_bytes + chunk * 64 + within * 4;
-    const int64_t unit = unit_at(p, panel, block, r) + within;
-    const uint32_t bits = p.weight.scales_dtype == LLMCTL_F32 ? static_cast<const uint32_t*>(p.weight.scales)[unit]
-                                                              : static_cast<const uint16_t*>(p.weight.scales)[unit];
-    const float scale = scale_of(bits, p.weight.scales_dtype);
-    const int zero = p.weight.zeros ? p.weight.zeros[unit] : 1 << (p.weight.bits - 1);
-    const int64_t first = block * block_weights + lane * 4;
-    for (int i = 0; i < 4 && first + i < p.weight.n_in; ++i) {
-        const int code = p.weight.bits == 4 ? codes[i] >> (4 * is_upper) & 15 : codes[i];
-        store(static_cast<Element*>(p.out) + output * p.weight.n_in + first + i, static_cast<float>(code - zero) * scale);
-    }
 }
 
 // ---- launches --------------------------------------------------------------------------------------------------------------
@@ -256,32 +222,28 @@ int64_t tiles_of(int64_t n_rows) { return n_rows <= tile_rows ? 1 : most_tiles; 
 
 // A row is divided where its outputs alone do not give every multiprocessor a block of threads.
 Product product_of(const llmctl_quantized_weight& weight, int64_t n_rows) {
-    if (weight.bits != 4 && weight.bits != 8) throw std::invalid_argument("weights of neither 4 nor 8 bits");
-    if (weight.unit != 32 && weight.unit != 64 && weight.unit != 128) throw std::invalid_argument("a unit of no such size can be");
-    if (weight.scales_dtype < LLMCTL_F32 || weight.scales_dtype > LLMCTL_F16) throw std::invalid_argument("scales of no such type");
-    if (weight.n_in < 0 || weight.n_out < 0 || n_rows < 0) throw std::invalid_argument("a size is below 0");
+    if (n_rows < 0) throw std::invalid_argument("a size is below 0");
     Product p = {};
-    p.weight = weight, p.n_rows = n_rows, p.n_pieces = 1;
-    p.n_blocks = (weight.n_in + block_weights - 1) / block_weights, p.n_panels = (weight.n_out + panel_outs - 1) / panel_outs;
+    p.weights = checked(weight), p.n_rows = n_rows, p.n_pieces = 1;
     const int64_t row_tiles = (n_rows + tiles_of(n_rows) * tile_rows - 1) / (tiles_of(n_rows) * tile_rows);
     const int64_t blocks = (weight.n_out + outs - 1) / outs * row_tiles;
     if (blocks > 0) {
-        const int64_t wanted = multiprocessors() / blocks, most = p.n_blocks / (n_warps * blocks_of_a_warp);
+        const int64_t wanted = multiprocessors() / blocks, most = p.weights.n_blocks / (n_warps * blocks_of_a_warp);
         p.n_pieces = std::max<int64_t>(1, std::min(wanted, most));
     }
-    p.piece_blocks = (p.n_blocks + p.n_pieces - 1) / p.n_pieces;
+    p.piece_blocks = (p.weights.n_blocks + p.n_pieces - 1) / p.n_pieces;
     return p;
 }
 
 int64_t scratch_bytes(const Product& p) {
-    return p.n_pieces == 1 ? 0 : p.n_pieces * p.n_rows * p.weight.n_out * static_cast<int64_t>(sizeof(float));
+    return p.n_pieces == 1 ? 0 : p.n_pieces * p.n_rows * p.weights.stored.n_out * static_cast<int64_t>(sizeof(float));
 }
 
 template <int Bits, int ScaleBytes, class Element>
 void launch_product(const Product& p, void* stream) {
     const int64_t rows = tiles_of(p.n_rows) * tile_rows, row_tiles = (p.n_rows + rows - 1) / rows;
     if (row_tiles > 65535) throw std::invalid_argument("too many rows for a product made for few");
-    const dim3 blocks(static_cast<unsigned>((p.weight.n_out + outs - 1) / outs), static_cast<unsigned>(row_tiles),
+    const dim3 blocks(static_cast<unsigned>((p.weights.stored.n_out + outs - 1) / outs), static_cast<unsigned>(row_tiles),
                       static_cast<unsigned>(p.n_pieces));
     constexpr uintptr_t bytes = 4 * sizeof(Element);
     const bool aligned = reinterpret_cast<uintptr_t>(p.x) % bytes == 0 && p.x_stride % 4 == 0;
@@ -291,7 +253,7 @@ void launch_product(const Product& p, void* stream) {
 
 template <int Bits, class Element>
 void launch_product(const Product& p, void* stream) {
-    if (p.weight.scales_dtype == LLMCTL_F32) return launch_product<Bits, 4, Element>(p, stream);
+    if (p.weights.stored.scales_dtype == LLMCTL_F32) return launch_product<Bits, 4, Element>(p, stream);
     return launch_product<Bits, 2, Element>(p, stream);
 }
 
@@ -319,21 +281,6 @@ int llmctl_cuda_quantized_linear(int32_t dtype, const void* x, int64_t x_stride,
             if (p.n_pieces == 1) return;
             const auto columns = static_cast<unsigned>((weight->n_out + cuda::threads - 1) / cuda::threads);
             cuda::launch(cuda::join<Element>, dim3(columns, static_cast<unsigned>(n_rows)), cuda::threads, 0, stream, p);
-        });
-    });
-}
-
-int llmctl_cuda_dequantize(int32_t dtype, const llmctl_quantized_weight* weight, void* out, void* stream) {
-    using namespace llmctl;
-    return guarded([&] {
-        cuda::Product p = cuda::product_of(*weight, 0);
-        p.out = out;
-        if (p.n_panels > 65535) throw std::invalid_argument("more than 1048560 outputs at once");
-        if (weight->n_in == 0 || weight->n_out == 0) return;
-        const dim3 blocks(static_cast<unsigned>(p.n_blocks), static_cast<unsigned>(p.n_panels));
-        cuda::with_element(dtype, [&](auto* element) {
-            using Element = std::remove_pointer_t<decltype(element)>;
-            cuda::launch(cuda::dequantize<Element>, blocks, cuda::panel_outs * cuda::warp_size, 0, stream, p);
         });
     });
 }
