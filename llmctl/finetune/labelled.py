@@ -12,6 +12,7 @@ from torch import nn
 
 from llmctl.errors import UserError
 from llmctl.evaluate import scores
+from llmctl.finetune.distillation import Teacher, choice_divergences, verdict_divergences
 from llmctl.models.language_model import LanguageModel
 from llmctl.train import state
 
@@ -24,6 +25,7 @@ class _Labelled(nn.Module):
     def __init__(self, model: LanguageModel):
         super().__init__()
         self.model = model
+        self._teacher: list[Teacher | None] = [None]  # in a list: it is no part of what is trained, sharded or saved
         self.register_buffer("centre_ids_RT", None, persistent=False)
         self.register_buffer("centre_lengths_R", None, persistent=False)
 
@@ -35,7 +37,19 @@ class _Labelled(nn.Module):
         if batch[-1] is None:
             inputs_BT, _, lengths_B, *_ = batch
             return self.model.features(inputs_BT, _is_real(inputs_BT, lengths_B))
-        return self.loss(*self.features(*batch))
+        features_BD, *rest = self.features(*batch)
+        loss = self.loss(features_BD, *rest)
+        (teacher,), (inputs_BT, _, lengths_B, *_) = self._teacher, batch
+        if not self.training or teacher is None:
+            return loss
+        with torch.no_grad():
+            theirs_BC = teacher.model(inputs_BT, _is_real(inputs_BT, lengths_B)).float()
+        divergences_N = self._divergences(self._scores(features_BD), theirs_BC, teacher.temperature)
+        return loss + teacher.weight * divergences_N[rest[-1]].sum()
+
+    def learn_from(self, teacher: Teacher | None) -> None:
+        """From here on what a teacher says of the same texts, with labels in the same order, is learned too."""
+        self._teacher = [teacher]
 
     def features(self, inputs_BT, targets_BT, lengths_B, labels, counted) -> tuple[torch.Tensor, ...]:
         """What the head gets of each text, [B, D], and the rest of what `loss` takes."""
@@ -135,6 +149,11 @@ class Classification(_Labelled):
         losses_B = F.binary_cross_entropy_with_logits(scores_BC, labels, reduction="none").mean(1)
         return self._result(losses_B, counted_B, *(scores_BC > 0).unbind(1), *labels.unbind(1))
 
+    def _divergences(self, ours_BC, theirs_BC, temperature: float) -> torch.Tensor:
+        if self.model.config.classifier.kind == "single_label_classification":
+            return choice_divergences(ours_BC, theirs_BC, temperature)
+        return verdict_divergences(ours_BC, theirs_BC, temperature).mean(1)
+
     def metrics(self, rows: torch.Tensor) -> dict[str, float]:
         predicted, true = (half.mT.squeeze(1).numpy() if len(half) == 1 else half.mT.numpy() for half in rows.chunk(2))
         return {"accuracy": scores.accuracy(predicted, true), "macro_f1": scores.macro_f1(predicted, true)}
@@ -166,6 +185,10 @@ class Regression(_Labelled):
         wanted_B = ((labels_B - self._shift) / self._scale).float()
         losses_B = (scores_B - wanted_B).square()
         return self._result(losses_B, counted_B, scores_B.double() * self._scale + self._shift, labels_B)
+
+    def _divergences(self, ours_B1, theirs_B1, temperature: float) -> torch.Tensor:
+        """Of normal distributions, as much as the squared error is: no temperature changes it."""
+        return (ours_B1 - (theirs_B1 - self._shift) / self._scale).square()[:, 0]
 
     def metrics(self, rows_2N: torch.Tensor) -> dict[str, float]:
         predicted_N, true_N = rows_2N.numpy()
@@ -211,6 +234,10 @@ class Reward(_Labelled):
         chosen_P, rejected_P = self._scores(features_BD)[:, 0].chunk(2)
         margin_P = chosen_P - rejected_P
         return self._result(-F.logsigmoid(margin_P), counted_P, margin_P > 0)
+
+    def _divergences(self, ours_B1, theirs_B1, temperature: float) -> torch.Tensor:
+        ours_P, theirs_P = (chosen_P - rejected_P for chosen_P, rejected_P in (ours_B1.chunk(2), theirs_B1.chunk(2)))
+        return verdict_divergences(ours_P[:, 0], theirs_P[:, 0], temperature)
 
     def metrics(self, is_right_1P: torch.Tensor) -> dict[str, float]:
         return {"accuracy": is_right_1P.mean().item()}

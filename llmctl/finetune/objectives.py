@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from llmctl.finetune.distillation import Teacher, token_divergences
 from llmctl.finetune.settings import PreferenceSettings
 from llmctl.models.head import logits
 from llmctl.models.language_model import LanguageModel
@@ -18,15 +19,12 @@ from llmctl.train.objectives import NextToken
 LOGITS_AT_ONCE = 1 << 24
 
 
-def sequence_logprobs(model: LanguageModel, inputs_BT: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-    """Sum of log p over each row's targets that are not negative, float32 [B].
+def sequence_logprobs(model: LanguageModel, hidden_ND: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Sum of log p over each row's targets that are not negative, float32 [B]; `hidden_ND` is the stack's output at them.
 
     Logits exist for a few tokens at a time, in the backward pass again.
     """
-    hidden_BTD = model.head_input(model.hidden(inputs_BT))
-    is_target_BT = targets_BT >= 0
-    rows_N = is_target_BT.nonzero()[:, 0]
-    hidden_ND, targets_N = hidden_BTD[is_target_BT], targets_BT[is_target_BT]
+    hidden_ND, targets_N = model.head_input(hidden_ND), targets_BT[targets_BT >= 0]
 
     def part(hidden_MD: torch.Tensor, targets_M: torch.Tensor) -> torch.Tensor:
         logits_MV = logits(model.config.head, hidden_MD, model.head_weight, model.output_bias)
@@ -37,30 +35,53 @@ def sequence_logprobs(model: LanguageModel, inputs_BT: torch.Tensor, targets_BT:
         checkpoint(part, h_MD, t_M, use_reentrant=False) if torch.is_grad_enabled() else part(h_MD, t_M)
         for h_MD, t_M in zip(hidden_ND.split(at_once), targets_N.split(at_once))
     ]
-    return torch.zeros(len(inputs_BT), device=inputs_BT.device).index_add(0, rows_N, torch.cat(parts))
+    return _sums(torch.cat(parts), targets_BT)
+
+
+def _sums(values_N: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+    """Of what belongs to the targets of each row, float32 [B]."""
+    rows_N = (targets_BT >= 0).nonzero()[:, 0]
+    return torch.zeros(len(targets_BT), device=targets_BT.device).index_add(0, rows_N, values_N)
 
 
 class Comparison(nn.Module):
     """Preferences between two answers, or verdicts on one, from the log-probabilities of whole answers.
 
-    `reference` is the model before training, which dpo and kto compare with.
+    `reference` is the model before training, which dpo and kto compare with. What a teacher adds is the mean over the tokens
+    of a pair's answers.
     """
 
-    def __init__(self, model: LanguageModel, rule: Rule, settings: PreferenceSettings, reference: LanguageModel | None):
+    def __init__(
+        self,
+        model: LanguageModel,
+        rule: Rule,
+        settings: PreferenceSettings,
+        reference: LanguageModel | None,
+        teacher: Teacher | None = None,
+    ):
         super().__init__()
         self.model, self.rule, self.settings = model, rule, settings
-        self._reference = [reference]  # in a list: it is no part of what is trained, sharded or saved
+        self._others = [reference, teacher]  # in a list: they are no part of what is trained, sharded or saved
 
     def forward(self, inputs_BT, targets_BT, lengths_B, labels_P, counted_P) -> torch.Tensor:
         """The sum of the losses of the pairs (or answers) that count; in eval mode the loss of each, then of each 1.0 where
         the better answer is the likelier one."""
-        policy_B = sequence_logprobs(self.model, inputs_BT, targets_BT)
-        reference_B = None
-        if self._reference[0] is not None:
-            with torch.no_grad():
-                reference_B = sequence_logprobs(self._reference[0], inputs_BT, targets_BT)
-        lengths_B = (targets_BT >= 0).sum(1)
+        reference, teacher = self._others
+        is_target_BT = targets_BT >= 0
+        hidden_ND = self.model.hidden(inputs_BT)[is_target_BT]
+        policy_B, reference_B = sequence_logprobs(self.model, hidden_ND, targets_BT), None
+        with torch.no_grad():
+            if reference is not None:
+                theirs_ND = reference.hidden(inputs_BT)[is_target_BT]
+                reference_B = sequence_logprobs(reference, theirs_ND, targets_BT)
+        lengths_B = is_target_BT.sum(1)
         losses_P, is_right_P = self.rule.losses(policy_B, reference_B, lengths_B, labels_P, self.settings)
+        if self.training and teacher is not None:
+            with torch.no_grad():
+                theirs_ND = teacher.model.hidden(inputs_BT)[is_target_BT]
+            sums_B = _sums(token_divergences(self.model, teacher, hidden_ND, theirs_ND), targets_BT)
+            pairs, lengths = (each.view(-1, len(losses_P)).sum(0) for each in (sums_B, lengths_B))
+            losses_P = losses_P + teacher.weight * pairs / lengths
         if self.training:
             return losses_P[counted_P].sum()
         return torch.stack([losses_P[counted_P], is_right_P[counted_P].float()])

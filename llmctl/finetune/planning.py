@@ -233,10 +233,7 @@ def refuse_no_features(settings: FinetuneSettings, objective: str) -> None:
 
 
 def refuse_extras(settings: FinetuneSettings, objective: str, config: ModelConfig) -> None:
-    """Raise CalledWrongly for a teacher or an earlier task where the objective or the kind of model has no place for it."""
-    predicts = ("sft", "causal", "mlm", "seq2seq")
-    if settings.teacher and objective not in predicts:
-        raise CalledWrongly(f"--teacher is for {', '.join(predicts)}; the objective is {objective}")
+    """Raise CalledWrongly for an earlier task where the objective or the kind of model has no place for it."""
     if settings.retain and (objective in HEADED or config.kind == "seq2seq"):
         raise CalledWrongly(
             f"--retain scores a model that predicts the tokens of a text, which {config.family} here does not"

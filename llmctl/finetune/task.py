@@ -23,7 +23,7 @@ from llmctl.finetune.data.batches import PackedExamples, PaddedExamples, Split
 from llmctl.finetune.data.prepare import prepare
 from llmctl.finetune.data.sources import parse_sources
 from llmctl.finetune.data.store import ExampleSet
-from llmctl.finetune.distillation import Distilled, refuse_teacher
+from llmctl.finetune.distillation import Distilled, Teacher, refuse_teacher
 from llmctl.finetune.features import FeatureRows, HeadOnly, freeze_backbone
 from llmctl.finetune.labelled import Classification, Regression, Reward
 from llmctl.finetune.neftune import add_noise
@@ -107,12 +107,13 @@ class Finetuning(Task):
         planning.refuse_no_features(self.settings, self.examples.objective)
         planning.refuse_extras(self.settings, self.examples.objective, self.config)
         planning.refuse_quantized(self.settings, self.config)
-        if self.settings.teacher:
-            refuse_teacher(read_config(self.settings.teacher), self.config, self._seq_len)
         self._has_head = self.config.classifier is not None
         self._classifier = heads.classifier_for(self.examples, self.config, self.settings.pooling)
         if self._classifier is not None:
             self.config = self.config.classifying(self._classifier)
+        if self.settings.teacher:
+            adapter.refuse_as_base(self.settings.teacher)
+            refuse_teacher(read_config(self.settings.teacher), self.config, self._seq_len)
         if recorded and inputs != recorded.inputs:  # the examples are there already; are these the same?
             return distributed.on_first(self._sha256_of, inputs)
         return self.examples.sha256
@@ -251,14 +252,17 @@ class Finetuning(Task):
 
     def _objective(self, model: LanguageModel, device: torch.device) -> nn.Module:
         settings, objective = self.settings, self.examples.objective
+        dtype, teacher = next(model.parameters()).dtype, None
+        if settings.teacher:
+            theirs = load_model(settings.teacher, dtype, device)
+            teacher = Teacher(theirs, settings.teacher_weight, settings.teacher_temperature)
         if objective in heads.HEADED:
-            return self._labelled(model)
-        rule = RULES.get(objective)
-        if rule is None:
-            learned = {"mlm": MaskedToken, "seq2seq": SourceToTarget}.get(objective, NextToken)(model, settings.z_loss)
-            if settings.teacher is None:
-                return learned
-            teacher = load_model(settings.teacher, next(model.parameters()).dtype, device)
-            return Distilled(learned, teacher, settings.teacher_weight, settings.teacher_temperature)
-        reference = load_model(self._model, next(model.parameters()).dtype, device) if rule.needs_reference else None
-        return Comparison(model, rule, settings, reference)
+            learned = self._labelled(model)
+            learned.learn_from(teacher)
+            return learned
+        if objective in RULES:
+            rule = RULES[objective]
+            reference = load_model(self._model, dtype, device) if rule.needs_reference else None
+            return Comparison(model, rule, settings, reference, teacher)
+        learned = {"mlm": MaskedToken, "seq2seq": SourceToTarget}.get(objective, NextToken)(model, settings.z_loss)
+        return learned if teacher is None else Distilled(learned, teacher)
