@@ -15,9 +15,11 @@ from llmctl.errors import UserError
 from llmctl.models import config_classifier, families, weights
 from llmctl.models.causal_lm import CausalLM
 from llmctl.models.config import Classifier, ModelConfig
+from llmctl.models.laid_out import LaidOut
 from llmctl.models.language_model import LanguageModel
 from llmctl.models.linear import Linear
 from llmctl.models.masked_lm import MaskedLM
+from llmctl.models.packed import LaidOutWeight
 from llmctl.models.quantized_linear import QuantizedLinear
 from llmctl.models.seq2seq_lm import Seq2SeqLM
 from llmctl.models.sequence_classifier import CausalClassifier, MaskedClassifier, Seq2SeqClassifier
@@ -125,23 +127,31 @@ def _place_quantized(model: LanguageModel, stored, dtype: torch.dtype | None, de
     if packed is None:
         return set()
     placed, last = set(), (None, None)
+    device = torch.device(device or "cpu")
+    kept = LaidOut(stored.path) if device.type == "cpu" else None
+    made: dict[str, LaidOutWeight] = {}
     for name, source in weights.sources(families.find(model.config.family), _shapes(model), stored.keys()).items():
         owner, _, leaf = name.rpartition(".")
         linear = model.get_submodule(owner)
         if leaf != "weight" or not isinstance(linear, Linear):
             continue
-        if source.theirs != last[0]:  # several of ours may be parts of one
-            last = source.theirs, packed(source.theirs)
-        if last[1] is None:
-            continue
-        expected = (sum(source.sizes), linear.in_features)
-        if last[1].shape != expected:
-            raise UserError(f"{source.theirs} has shape {list(last[1].shape)}; config.json says {list(expected)}")
-        layer = QuantizedLinear(
-            source.cut_packed(last[1]).to(device or "cpu"), linear.bias, dtype or stored.dtype(source.theirs)
-        )
+        matrix = kept and kept.find(owner)
+        if matrix is None or matrix.shape != tuple(linear.weight.shape):
+            if source.theirs != last[0]:  # several of ours may be parts of one
+                last = source.theirs, packed(source.theirs)
+            if last[1] is None:
+                continue
+            expected = (sum(source.sizes), linear.in_features)
+            if last[1].shape != expected:
+                raise UserError(f"{source.theirs} has shape {list(last[1].shape)}; config.json says {list(expected)}")
+            matrix = source.cut_packed(last[1]).to(device)
+        layer = QuantizedLinear(matrix, linear.bias, dtype or stored.dtype(source.theirs))
+        if layer.laid_out is not None:
+            made[owner] = layer.laid_out
         _assign(model, owner, layer)
         placed.add(source.theirs)
+    if kept:
+        kept.keep(made)
     if placed:
         model.quantized_tensors = stored.parts()
     return placed

@@ -77,6 +77,18 @@ class AffineWeight(_Packed):
 
 
 @dataclass(frozen=True)
+class LaidOutWeight:
+    """What the kernel multiplies by, whose inputs are `x[..., columns_K]` (None: x)."""
+
+    quantized: ops.QuantizedWeight
+    columns_K: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.quantized.n_out, self.quantized.n_in
+
+
+@dataclass(frozen=True)
 class TableWeight(_Packed):
     """table[code] * scale over blocks of the flattened matrix (nf4, fp4): two codes to a byte, the first one high.
 

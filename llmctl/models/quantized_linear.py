@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llmctl.models.packed import AffineWeight, PackedWeight, in_order
+from llmctl.models.packed import AffineWeight, LaidOutWeight, PackedWeight, in_order
 from llmctl.ops import quantized_linear as ops
 
 
@@ -20,15 +20,21 @@ class QuantizedLinear(nn.Module):
     not take it (4-bit floats, odd groups) it is None and `packed` holds W.
     """
 
-    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype):
+    def __init__(self, packed: PackedWeight | LaidOutWeight, bias: nn.Parameter | None, dtype: torch.dtype):
         super().__init__()
         self.out_features, self.in_features = packed.shape
         self.bias, self.dtype = bias, dtype
         self.columns_K: torch.Tensor | None = None
         self.quantized: ops.QuantizedWeight | None = None
         self.packed: PackedWeight | None = packed
-        if isinstance(packed, AffineWeight) and (quantized := packed.kernel_weight()) is not None:
+        if isinstance(packed, LaidOutWeight):
+            self.quantized, self.packed, self.columns_K = packed.quantized, None, packed.columns_K
+        elif isinstance(packed, AffineWeight) and (quantized := packed.kernel_weight()) is not None:
             self.quantized, self.packed, self.columns_K = quantized, None, packed.columns_K
+
+    @property
+    def laid_out(self) -> LaidOutWeight | None:
+        return None if self.quantized is None else LaidOutWeight(self.quantized, self.columns_K)
 
     @property
     def weight(self) -> torch.Tensor:
