@@ -23,6 +23,8 @@ LEAF = 16
 ATTEMPTS = 4
 REFITS, RIDGE = 1, 0.01
 """How often scales are fitted and codes chosen again, and how much of a scale's own square holds it back."""
+MOST_FITTED = 1 << 24
+"""Entries of the equations that are solved at a time."""
 
 
 def solve(
@@ -68,6 +70,12 @@ def solve(
 
 def _fitted(weight_NK, hessian_KK, codes_NK, scales_NJ, zeros_NJ, size: int, dtype: torch.dtype) -> torch.Tensor:
     """The scales that, with these codes, change the outputs least: least squares of each row in the metric of the moments."""
+    rows = max(1, MOST_FITTED // scales_NJ.shape[1] ** 2)
+    parts = zip(*(values.split(rows) for values in (weight_NK, codes_NK, scales_NJ, zeros_NJ)))
+    return rounding.held(torch.cat([_fitted_rows(*part, hessian_KK, size) for part in parts]), dtype)
+
+
+def _fitted_rows(weight_NK, codes_NK, scales_NJ, zeros_NJ, hessian_KK, size: int) -> torch.Tensor:
     grid_NJG = rounding.in_groups(codes_NK.float(), size) - zeros_NJ[..., None]
     if (filled := grid_NJG.shape[1] * size - weight_NK.shape[1]) > 0:
         grid_NJG[:, -1, -filled:] = 0.0
@@ -81,13 +89,11 @@ def _fitted(weight_NK, hessian_KK, codes_NK, scales_NJ, zeros_NJ, size: int, dty
         products_NJJ[:, group] = (rounding.in_groups(moved_NK, size) * grid_NJG).sum(-1)
     diagonal_NJ = products_NJJ.diagonal(dim1=1, dim2=2)
     diagonal_NJ += RIDGE * diagonal_NJ + diagonal_NJ.mean().clamp(min=1e-30) * 1e-6
-    change_NJ = torch.linalg.solve(products_NJJ, target_NJ)
-    return rounding.held(scales_NJ + change_NJ, dtype)
+    return scales_NJ + torch.linalg.solve(products_NJJ, target_NJ)
 
 
 def _inverse_root(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
-    """Upper triangular U with U^T U = (H + damping mean(diag H))^-1; inputs that are always 0 stand alone."""
-    hessian_KK = hessian_KK.clone()
+    """Upper triangular U with U^T U = (H + damping mean(diag H))^-1; inputs that are always 0 stand alone. Uses H up."""
     diagonal = hessian_KK.diagonal()
     diagonal[diagonal == 0] = 1.0
     mean = diagonal.mean()
@@ -95,7 +101,9 @@ def _inverse_root(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:
         diagonal += damping * mean
         lower, failed = torch.linalg.cholesky_ex(hessian_KK)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse_KK = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse_KK, upper=True)
             if not failed:
                 return upper
         damping *= 10

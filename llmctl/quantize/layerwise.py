@@ -1,6 +1,6 @@
 """A model layer by layer over calibration text: one layer's weights in memory, and what goes into it of every token.
 
-The states between layers are float32 as long as they fit in `MOST_STATE_BYTES`, else bfloat16.
+The states between layers have the dtype of the layers; float32 ones that do not fit in `MOST_STATE_BYTES` become bfloat16.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Layerwise:
         self._batches = ids_BT.split(rows)
         width = self.streamed.config.d_model
         n_bytes = ids_BT.numel() * width * 4 * (2 if beside else 1)
-        self._state_dtype = torch.float32 if n_bytes <= MOST_STATE_BYTES else torch.bfloat16
+        self._state_dtype = dtype if n_bytes <= MOST_STATE_BYTES else torch.bfloat16
         self._encoded: list[list[torch.Tensor]] = [[], []][: 2 if beside else 1]
 
     @property
