@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,21 +30,25 @@ ARROW_START = b"\xff"  # of the mark before an IPC message; no path begins with 
 
 
 def inspect(path: str | os.PathLike, *, n_documents: int = 0, check_files: bool = True) -> Iterator[dict[str, Any]]:
-    """Records about a checkpoint directory or GGUF file, a token file or a directory of shards; "kind" tells which.
+    """Records about a checkpoint or adapter directory or GGUF file, a token file or a directory of shards; "kind" tells which.
 
     Raises `UserError` for anything else and for what is damaged, where the sha256 of a checkpoint's files differ after
     its records.
     """
     path = Path(path)
     if (path / "config.json").exists():
-        return _inspect_checkpoint(path, check_files)
+        about = {**_describe_model(path), "quantization": _describe_quantization(path)}
+        return _inspect_directory("checkpoint", path, open_tensors(path), about, check_files)
+    if (path / "adapter_config.json").exists():
+        stored = open_tensors(path, stem="adapter_model")
+        return _inspect_directory("adapter", path, stored, _describe_adapter(path, stored), check_files)
     if path.suffix == GGUF_SUFFIX and path.is_file():
         return _inspect_gguf(path)
     if path.is_file() or (path.is_dir() and any(path.glob(SHARDS))):
         return summarize((read_stream(shard) for shard in shards_of(path)), str(path), n_documents)
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
-    raise UserError(f"{path}: neither a checkpoint (no config.json) nor a token stream (no {SHARDS})")
+    raise UserError(f"{path}: neither a checkpoint (no config.json), an adapter nor a token stream (no {SHARDS})")
 
 
 def inspect_pipe(source: BinaryIO, n_documents: int = 0) -> Iterator[dict[str, Any]]:
@@ -78,17 +83,17 @@ def _in_words(key: str, value: Any) -> Any:
     return f"{value:,}" if isinstance(value, int) and not key.endswith(("seed", "id")) else value
 
 
-def _inspect_checkpoint(path: Path, check_files: bool) -> Iterator[dict[str, Any]]:
-    """A record "checkpoint", then a record "tensor" for each that is stored."""
-    stored = open_tensors(path)
+def _inspect_directory(
+    kind: str, path: Path, stored: TensorFiles, about: dict[str, Any], check_files: bool
+) -> Iterator[dict[str, Any]]:
+    """A record of this kind, then a record "tensor" for each that is stored."""
     history = lineage.read(path)
     wrong = lineage.verify(path) if check_files else []
     yield {
-        "kind": "checkpoint",
+        "kind": kind,
         "path": str(path.resolve()),
-        **_describe_model(path),
+        **about,
         **_describe_storage(stored),
-        "quantization": _describe_quantization(path),
         "tokenizer": _describe_tokenizer(path),
         "lineage": history and {key: value for key, value in vars(history).items() if key != "files"},
         "files_checked": len(history.files) if history and check_files else None,
@@ -113,6 +118,25 @@ def _inspect_gguf(path: Path) -> Iterator[dict[str, Any]]:
     tokenizer = _describe_tokenizer(path)
     yield {"kind": "checkpoint", "path": str(path.resolve()), **model, **storage, "tokenizer": tokenizer}
     yield from rows
+
+
+_SAID_BY_PEFT = {
+    "method": "peft_type",
+    "base": "base_model_name_or_path",
+    "task": "task_type",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "virtual_tokens": "num_virtual_tokens",
+    "width": "width",
+    "targets": "target_modules",
+    "modules_to_save": "modules_to_save",
+}
+
+
+def _describe_adapter(path: Path, stored: TensorFiles) -> dict[str, Any]:
+    said = read_json(path / "adapter_config.json")
+    sizes_ = (math.prod(stored.shape(name)) for name in stored)
+    return {**{ours: said.get(theirs) for ours, theirs in _SAID_BY_PEFT.items()}, "parameters": sum(sizes_)}
 
 
 def _describe_model(path: Path, family: str | None = None) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from llmctl import lineage
 from llmctl.checkpoint import save_tensors
 from llmctl.data.summary import SHOWN_TOKENS
 from llmctl.errors import UserError
+from llmctl.finetune import adapter, methods
 from llmctl.inspection import inspect
+from llmctl.models.loading import load_model
 from llmctl.streams import TokenStreamWriter
 from llmctl.tokenizer import Tokenizer
 
@@ -158,4 +160,19 @@ def test_what_is_neither_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="a pickle"):
+        list(inspect(tmp_path))
+
+
+def test_an_adapter_says_what_it_is(tmp_path, data):
+    base = data / "models" / "stories260K"
+    model, method = load_model(base), methods.Lora(rank=3, targets=("q_proj",))
+    adapter.attach(model, method)
+    adapter.save(model, method, tmp_path, str(base))
+    lineage.write(tmp_path, lineage.Lineage("finetune", {}, parent_sha256="0123"))
+    found, *tensors = inspect(tmp_path)
+    expected = {"kind": "adapter", "method": "LORA", "base": str(base), "rank": 3, "targets": ["q_proj"]}
+    assert expected.items() <= found.items() and found["parameters"] == 5 * 3 * 128 and found["bytes"] == 5 * 3 * 512
+    assert found["lineage"]["parent_sha256"] == "0123" and found["files_checked"] == 2 and len(tensors) == 10
+    (tmp_path / "adapter_config.json").write_text((tmp_path / "adapter_config.json").read_text() + " ")
+    with pytest.raises(UserError, match="adapter_config.json: sha256"):
         list(inspect(tmp_path))

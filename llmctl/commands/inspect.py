@@ -36,7 +36,7 @@ from llmctl.pictures.settings import AttentionSettings, EmbeddingMapSettings
 def command(path, show, tensors, verify, as_json, attention, embedding, output, overwrite):
     """Say what X is: a checkpoint, or the tokens of a corpus.
 
-    X is a checkpoint directory, a token file, a directory of its shards, or - for standard input, which may bring
+    X is a checkpoint directory or an adapter's, a token file, a directory of its shards, or - for standard input, which may bring
     either the path of a checkpoint or a token stream.
 
     Of a checkpoint: family, shapes, parameters, where it comes from, and whether its files are those that were saved;
