@@ -61,13 +61,16 @@ public:
     }
 
     void run() {
+        constexpr llmctl_norm none{};
         embed();
+        const char* x = m_.n_layers > 0 ? normalize(m_.layers[0].mixer_norm, x_, h_) : x_;
         for (int64_t i = 0; i < m_.n_layers; ++i) {
             const Layer& layer = m_.layers[i];
-            branch(layer.mixer_norm, layer.mixer_output_norm, layer.mixer_sum_norm,
-                   [&](const char* x) { attend(layer, a_.caches[i], x); });
-            branch(layer.ffn_norm, layer.ffn_output_norm, layer.ffn_sum_norm,
-                   [&](const char* x) { feed_forward(layer, x); });
+            attend(layer, a_.caches[i], x);
+            x = add({layer.mixer_output_norm, layer.mixer_sum_norm, layer.ffn_norm});
+            feed_forward(layer, x);
+            const bool is_last = i + 1 == m_.n_layers;
+            x = add({layer.ffn_output_norm, layer.ffn_sum_norm, is_last ? none : m_.layers[i + 1].mixer_norm});
         }
         predict();
     }
@@ -113,14 +116,10 @@ private:
         normalize(m_.embedding_norm, x_, x_);
     }
 
-    // x = sum_norm(x + output_norm(part(norm(x)))); the part's result is y.
-    template <class Part>
-    void branch(const llmctl_norm& norm, const llmctl_norm& output_norm, const llmctl_norm& sum_norm,
-                const Part& part) {
-        part(normalize(norm, x_, h_));
-        normalize(output_norm, y_, y_);
-        run_add(m_.dtype, x_, y_, n_ * m_.d_model);
-        normalize(sum_norm, x_, x_);
+    // Adds a branch's result, which is y, to x: where the next branch's input is.
+    const char* add(const ResidualNorms& norms) {
+        run_residual(m_.dtype, norms, x_, y_, h_, n_, m_.d_model);
+        return norms.next.kind == LLMCTL_NO_NORM ? x_ : h_;
     }
 
     // Where the result is: `to`, or `from` where there is nothing to do.

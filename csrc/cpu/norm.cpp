@@ -10,23 +10,64 @@
 
 namespace llmctl {
 
+namespace {
+
+// A norm of rows of n elements, or none at all.
+class RowNorm {
+public:
+    RowNorm(int32_t dtype, const llmctl_norm& norm, int64_t n)
+        : norm_(norm),
+          rms_(dtype == LLMCTL_F32 ? kernels().rms_norm_f32 : kernels().rms_norm_bf16),
+          layer_(dtype == LLMCTL_F32 ? kernels().layer_norm_f32 : kernels().layer_norm_bf16),
+          n_(n) {}
+
+    void operator()(const char* from, char* to) const {
+        if (norm_.kind == LLMCTL_RMS_NORM) {
+            rms_(from, norm_.weight, norm_.offset, norm_.eps, to, n_);
+        } else if (norm_.kind == LLMCTL_LAYER_NORM) {
+            layer_(from, norm_.weight, norm_.bias, norm_.eps, to, n_);
+        }
+    }
+
+private:
+    const llmctl_norm& norm_;
+    RmsNormKernel rms_;
+    LayerNormKernel layer_;
+    int64_t n_;
+};
+
+// Calls body(r) for each of n_rows rows of n_columns elements, as many on a thread as are worth its while.
+template <class Body>
+void for_each_row(int64_t n_rows, int64_t n_columns, const Body& body) {
+    const int64_t rows = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, n_columns));
+    parallel_for((n_rows + rows - 1) / rows, [&](int64_t i) {
+        for (int64_t r = i * rows; r < std::min((i + 1) * rows, n_rows); ++r) body(r);
+    });
+}
+
+}  // namespace
+
 void run_norm(int32_t dtype, const llmctl_norm& norm, const void* x, int64_t x_stride, void* out, int64_t n_rows,
               int64_t n_columns) {
-    const bool is_float = dtype == LLMCTL_F32, is_rms = norm.kind == LLMCTL_RMS_NORM;
-    const RmsNormKernel rms = is_float ? kernels().rms_norm_f32 : kernels().rms_norm_bf16;
-    const LayerNormKernel layer = is_float ? kernels().layer_norm_f32 : kernels().layer_norm_bf16;
+    const RowNorm normalize(dtype, norm, n_columns);
     const int64_t size = element_size(dtype);
-    const int64_t rows = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, n_columns));  // worth a thread's while
-    parallel_for((n_rows + rows - 1) / rows, [&](int64_t i) {
-        for (int64_t r = i * rows; r < std::min((i + 1) * rows, n_rows); ++r) {
-            const char* from = static_cast<const char*>(x) + r * x_stride * size;
-            char* to = static_cast<char*>(out) + r * n_columns * size;
-            if (is_rms) {
-                rms(from, norm.weight, norm.offset, norm.eps, to, n_columns);
-            } else {
-                layer(from, norm.weight, norm.bias, norm.eps, to, n_columns);
-            }
-        }
+    for_each_row(n_rows, n_columns, [&](int64_t r) {
+        normalize(static_cast<const char*>(x) + r * x_stride * size, static_cast<char*>(out) + r * n_columns * size);
+    });
+}
+
+void run_residual(int32_t dtype, const ResidualNorms& norms, void* x, void* y, void* out, int64_t n_rows,
+                  int64_t n_columns) {
+    const RowNorm of_branch(dtype, norms.branch, n_columns), of_sum(dtype, norms.sum, n_columns);
+    const RowNorm next(dtype, norms.next, n_columns);
+    const AddKernel add = dtype == LLMCTL_F32 ? kernels().add_f32 : kernels().add_bf16;
+    const int64_t bytes = n_columns * element_size(dtype);
+    for_each_row(n_rows, n_columns, [&](int64_t r) {
+        char *sum = static_cast<char*>(x) + r * bytes, *branch = static_cast<char*>(y) + r * bytes;
+        of_branch(branch, branch);
+        add(sum, branch, n_columns);
+        of_sum(sum, sum);
+        next(sum, static_cast<char*>(out) + r * bytes);
     });
 }
 

@@ -15,6 +15,14 @@ inline int64_t element_size(int32_t dtype) { return dtype == LLMCTL_F32 ? 4 : 2;
 void run_norm(int32_t dtype, const llmctl_norm& norm, const void* x, int64_t x_stride, void* out, int64_t n_rows,
               int64_t n_columns);
 
+// The end of a branch and the beginning of the next one, row by row while a row is near: y = branch(y), x = sum(x + y), out =
+// next(x), each rounded. A norm of kind LLMCTL_NO_NORM does nothing; out is not written then.
+struct ResidualNorms {
+    const llmctl_norm &branch, &sum, &next;
+};
+void run_residual(int32_t dtype, const ResidualNorms& norms, void* x, void* y, void* out, int64_t n_rows,
+                  int64_t n_columns);
+
 void run_activation(int32_t dtype, int32_t kind, const void* x, const void* up, void* out, int64_t n);
 
 void run_attention(int32_t dtype, const AttentionArgs& args);
