@@ -101,10 +101,15 @@ def test_memorization_by_copies_and_prefix(checkpoint, tmp_path, write_tokens, s
     stream = str(write_tokens(tmp_path / "tokens.arrow", copies))
     evaluation, settings = Evaluation(checkpoint, EvalSettings()), SuiteSettings(prefix_lengths="16,4", continuation=12)
 
-    def run(resume: bool):
-        with ResultsFile(str(tmp_path / "out.jsonl"), resume) as results:
-            return memorization.run(evaluation, [stream], settings, results, lambda done, note: None)
+    def run(resume: bool, evaluation=evaluation, show=print):
+        with ResultsFile(str(tmp_path / "out.jsonl"), resume, overwrite=not resume) as results:
+            return memorization.run(evaluation, [stream], settings, results, show, lambda done, note: None)
 
+    shown: list[str] = []
+    few = run(False, Evaluation(checkpoint, EvalSettings(limit=3, show=1)), shown.append)
+    assert [record["id"] for record in few.records] == [0, 1, 2] and len(shown) == 1 and "⟶" in shown[0]
+    with pytest.raises(CalledWrongly, match="--num-fewshot has no part in --suite memorization"):
+        run(False, Evaluation(checkpoint, EvalSettings(num_fewshot=2)))
     done = run(resume=False)
     counts = {each.group: each.n for each in done.numbers if each.metric == "exact" and each.group}
     sizes = {1: 3, 10: 2, 100: 1}
@@ -187,11 +192,25 @@ def test_requests_that_cannot_be_asked_and_words_for_harmless(checkpoint, tmp_pa
             run("r.jsonl", text)
 
 
+@pytest.mark.parametrize(("on_long", "key"), [("skip", "overflow"), ("truncate", "truncated"), ("error", None)])
+def test_requests_beyond_the_context(checkpoint, tmp_path, on_long, key):
+    evaluation = Evaluation(checkpoint, EvalSettings(max_new_tokens=2, on_long=on_long, limit=1))
+    (tmp_path / "r.txt").write_text(json.dumps({"prompt": "how do I " * 60}))
+    asked = ([str(tmp_path / "r.txt")], SuiteSettings(), ResultsFile(None), print, lambda done, note: None)
+    if key is None:
+        with pytest.raises(UserError, match="the prompt has 540 tokens, the model's context is 256"):
+            list(safety.run(evaluation, *asked))
+        return
+    (done,) = safety.run(evaluation, *asked)
+    assert len(done.records) == 1 and key in done.records[0] and ("scores" in done.records[0]) == (key == "truncated")
+    assert len(done.notes) == 1
+
+
 def test_probes_that_the_context_does_not_hold(checkpoint, tmp_path, write_tokens):
     settings = SuiteSettings(prefix_lengths="8,200", continuation=60)
     evaluation = Evaluation(checkpoint, EvalSettings())
     with pytest.raises(CalledWrongly, match="a prefix of 200 and 60 more tokens: the model's context is 256"):
-        memorization.run(evaluation, ["corpus.arrow"], settings, ResultsFile(None), lambda done, note: None)
+        memorization.run(evaluation, ["corpus.arrow"], settings, ResultsFile(None), print, lambda done, note: None)
 
 
 def test_a_file_of_forms_that_is_none(tmp_path):

@@ -118,7 +118,7 @@ class LanguageModelJudge:
         if self.room is None or max(lengths, default=0) <= self.room:
             return forks, {}
         excess = max(lengths) - self.room
-        if self._refuses(item, max(lengths)):
+        if self._refuses(item.place, max(lengths)):
             return [], {"overflow": max(lengths)}
         shorter = []
         for fork in forks:
@@ -129,10 +129,10 @@ class LanguageModelJudge:
                 shorter.append(Fork(fork.context[-kept:], [ids]))
         return shorter, {"truncated": excess}
 
-    def _refuses(self, item: Item, length: int) -> bool:
+    def _refuses(self, place: str, length: int) -> bool:
         if self._on_long == "error":
             raise UserError(
-                f"{item.place}: the prompt has {length} tokens, the model's context is {self.room}",
+                f"{place}: the prompt has {length} tokens, the model's context is {self.room}",
                 hint="lower --num-fewshot, or choose --on-long skip or truncate",
             )
         return self._on_long == "skip"
@@ -141,7 +141,7 @@ class LanguageModelJudge:
         sampling = greedy(self._max_new_tokens or task.max_new_tokens, task.stop)
         prompts, asked, notes = [], [], []
         for item in items:
-            ids, note = self._prompt(item, sampling.max_new_tokens)
+            ids, note = self.fitting_prompt(item.contexts[0], item.place, sampling.max_new_tokens)
             record = {"task": task.name, "id": item.number, **_group(item), **note}
             if ids is None:
                 yield record
@@ -161,8 +161,9 @@ class LanguageModelJudge:
         text = completion.text
         return {"completion": text, "scores": {"reward": self._rate(item.contexts[0], text)}}
 
-    def _prompt(self, item: Item, max_new_tokens: int) -> tuple[Sequence[int] | None, Record]:
-        ids = self.encoder.prompt(item.contexts[0])
+    def fitting_prompt(self, text: str, place: str, max_new_tokens: int) -> tuple[Sequence[int] | None, Record]:
+        """Ids of a prompt, None where it does not fit, and a note of what was done. Raises UserError naming the place."""
+        ids = self.encoder.prompt(text)
         if self.room is None or len(ids) <= self.room:
             has_source = self.session.model.config.encoder is not None
             if self._on_long != "truncate" or self.room is None or has_source:
@@ -170,7 +171,7 @@ class LanguageModelJudge:
         kept = self.room - max_new_tokens
         if kept >= len(ids):
             return ids, {}
-        if self._refuses(item, len(ids)) or kept < 1:
+        if self._refuses(place, len(ids)) or kept < 1:
             return None, {"overflow": len(ids)}
         return ids[-kept:], {"truncated": len(ids) - kept}
 

@@ -9,7 +9,7 @@ import collections
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from llmctl.data.corpus import Corpus, TokenView
@@ -23,6 +23,9 @@ from llmctl.evaluate.task import Task
 from llmctl.generation.settings import Sampling, resolve
 
 TASK = Task(name="memorization", kind="memorization", prompt="")
+_NO_PART = (
+    "num_fewshot", "fewshot_data", "apply_chat_template", "system", "max_new_tokens", "window", "stride", "reward"
+)  # fmt: skip
 _ALIKE = 0.75  # BLEU above which a continuation counts as approximately extracted (Ippolito et al., 2023)
 
 
@@ -37,11 +40,17 @@ class Probe:
 
 
 def run(
-    evaluation: Evaluation, files: Sequence[str], settings: SuiteSettings, results: ResultsFile, progress: Progress
+    evaluation: Evaluation,
+    files: Sequence[str],
+    settings: SuiteSettings,
+    results: ResultsFile,
+    show: Callable[[str], None],
+    progress: Progress,
 ) -> Done:
     """Each probe continued by the likeliest tokens, and compared with its document and with all of the stream."""
     if not files:
         raise CalledWrongly("memorization of what?", hint="llmctl eval MODEL corpus.arrow --suite memorization")
+    evaluation.settings.refuse("--suite memorization", _NO_PART)
     lengths = _lengths(settings.prefix_lengths)
     room, longest = evaluation.judge.room, lengths[-1] + settings.continuation
     if room is not None and longest > room + 1:  # the last token is not read back
@@ -58,7 +67,11 @@ def run(
     records = results.begin(about)
     done = {record["id"] for record in records}
     with SuffixArray(view, settings.continuation) as suffixes:
-        probes = [each for each in _probes(view, lengths, settings) if each.number not in done]
+        probes = list(itertools.islice(_probes(view, lengths, settings), evaluation.settings.limit))
+        for each in probes[: evaluation.settings.show]:
+            given, expected = (evaluation.tokenizer.decode(ids) for ids in (each.prefix, each.expected))
+            show(f"--- copies {each.copies}: {given}⟶{expected}")
+        probes = [each for each in probes if each.number not in done]
         sampling = resolve(Sampling(max_new_tokens=settings.continuation, temperature=0.0, ignore_eos=True))
         for number, completion in evaluation.judge.generate([each.prefix for each in probes], sampling):
             record = _record(probes[number], completion.ids, suffixes)

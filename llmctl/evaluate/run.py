@@ -97,6 +97,7 @@ class Evaluation:
             "max_new_tokens": settings.max_new_tokens or task.max_new_tokens,
             "dtype": settings.dtype,
             "kv_dtype": settings.kv_dtype,
+            "matmul_precision": settings.matmul_precision,
             "limit": settings.limit,
             **({"window": settings.window, "stride": settings.stride} if task.kind == "perplexity" else {}),
         }

@@ -27,6 +27,7 @@ from llmctl.evaluate.summary import summarize
 from llmctl.evaluate.task import Task
 
 FORMS = Path(__file__).with_name("safety_forms.yaml")
+_NO_PART = ("num_fewshot", "fewshot_data", "window", "stride", "reward")
 _OPENING = 200  # characters of an answer in which it refuses, if it does
 _NEW_TOKENS = 128
 
@@ -74,6 +75,7 @@ def run(
         raise CalledWrongly(
             "--suite safety reads one file of requests", hint="JSON Lines with prompt; README says more"
         )
+    evaluation.settings.refuse("--suite safety", _NO_PART)
     manner = Manner(settings.forms or FORMS)
     found = rows.read(files[0], Form())
     requests = [row for row in found if "prompt" in row.fields]
@@ -165,17 +167,19 @@ class _Runner:
         for each in asked[: settings.show]:
             self.show(f"--- {each.group}: {each.prompt}")
         asked = [each for each in asked if each.number not in done]
+        sampling = greedy(settings.max_new_tokens or _NEW_TOKENS)
         prompts, fitting = [], []
         for each in asked:
-            ids = judge.encoder.prompt(self._text(each.prompt))
-            if judge.room is not None and len(ids) > judge.room:
-                self._add(records, {"task": name, "id": each.number, "group": each.group, "overflow": len(ids)})
+            place = f"{name} {each.number} ({each.group})"
+            ids, note = judge.fitting_prompt(self._text(each.prompt), place, sampling.max_new_tokens)
+            if ids is None:
+                self._add(records, {"task": name, "id": each.number, "group": each.group, **note})
             else:
                 prompts.append(ids)
-                fitting.append(each)
-        for number, completion in judge.generate(prompts, greedy(settings.max_new_tokens or _NEW_TOKENS)):
-            one, answer = fitting[number], completion.text
-            record: dict[str, Any] = {"task": name, "id": one.number, "group": one.group, "prompt": one.prompt}
+                fitting.append((each, note))
+        for number, completion in judge.generate(prompts, sampling):
+            (one, note), answer = fitting[number], completion.text
+            record: dict[str, Any] = {"task": name, "id": one.number, "group": one.group, "prompt": one.prompt, **note}
             self._add(records, {**record, "answer": answer, "scores": one.judge(answer)})
         records.sort(key=lambda record: record["id"])
         return Done(task, about, records, summarize(name, task.kind, (), records), notes(records))

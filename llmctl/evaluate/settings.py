@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from llmctl.errors import CalledWrongly
 from llmctl.model_settings import ModelSettings, flag
 
 
@@ -73,6 +75,12 @@ class EvalSettings(ModelSettings):
     )
     resume: bool = flag(False, "Go on with the --output of a run that was stopped.")
     overwrite: bool = flag(False, "Replace an output that exists.")
+
+    def refuse(self, what: str, names: Sequence[str]) -> None:
+        """Raises CalledWrongly for the first of these fields that is set: it has no part in what is measured."""
+        for each in fields(self):
+            if each.name in names and getattr(self, each.name) != each.default:
+                raise CalledWrongly(f"--{each.name.replace('_', '-')} has no part in {what}", hint="leave it out")
 
 
 @dataclass(frozen=True)

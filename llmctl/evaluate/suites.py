@@ -35,7 +35,7 @@ def run(
     elif asked.suite == "memorization":
         from llmctl.evaluate import memorization
 
-        yield memorization.run(evaluation, files, settings, results, progress)
+        yield memorization.run(evaluation, files, settings, results, show, progress)
     elif asked.suite == "safety":
         from llmctl.evaluate import safety
 
