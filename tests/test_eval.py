@@ -339,6 +339,8 @@ def test_a_stopped_run_goes_on(checkpoint, written, tmp_path):
     again = evaluated(checkpoint(), one, path, batch_size=2, resume=True)
     assert again.records == whole.records and again.numbers == whole.numbers
     assert sorted((tmp_path / "out.jsonl").read_bytes().splitlines()) == sorted(b"".join(lines).splitlines())
+    few = evaluated(checkpoint(), one, path, limit=3, resume=True)
+    assert [record["id"] for record in few.records] == [0, 1, 2] and few.numbers[0].n == 3
 
 
 def test_a_run_goes_on_only_as_what_it_was(checkpoint, written, tmp_path):
@@ -477,3 +479,19 @@ def test_the_command(checkpoint, written, tmp_path, llmctl, llmctl_here):
     with pytest.raises(CalledWrongly, match="no such task"):
         task.find("helaswag")
     assert "where is its data" in llmctl_here("eval", checkpoint(), "--task", "hellaswag", code=2).stderr
+
+
+def test_what_is_read_is_never_replaced_and_nothing_is_no_measurement(checkpoint, tmp_path, llmctl_here):
+    (tmp_path / "text.txt").write_text("some words")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text("")
+    model = checkpoint()
+    said = llmctl_here("eval", model, "text.txt", "-o", "text.txt", "--overwrite", code=2).stderr
+    assert "would replace text.txt, which is read" in said and (tmp_path / "text.txt").read_text() == "some words"
+    llmctl_here("eval", model, "text.txt", "-o", "out.json")
+    assert "would replace" in llmctl_here("eval", "--report", "out.json", "out.json", "--overwrite", code=2).stderr
+    assert "exists already" in llmctl_here("eval", model, "text.txt", "-o", "out.json", code=2).stderr
+    assert "empty.txt: no text in it" in llmctl_here("eval", model, "empty.txt", code=1).stderr
+    assert "standard input: no text in it" in llmctl_here("eval", model, "-", code=1).stderr
+    assert "disk full" in llmctl_here("eval", model, "text.txt", "-o", "/dev/full", "--overwrite", code=1).stderr
+    assert "llmctl tokenize" in llmctl_here("eval", model, "latin.txt", code=1).stderr

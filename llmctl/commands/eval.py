@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import click
@@ -49,14 +48,13 @@ def command(model, files, asked, settings, suite_settings, output, as_json):
         raise CalledWrongly("standard input (-) can be read once only")
     from llmctl import result_tables
     from llmctl.checkpoint import resolve_model
-    from llmctl.evaluate import suites
-    from llmctl.evaluate.plans import tasks_of
+    from llmctl.evaluate import plans, suites
     from llmctl.evaluate.results import ResultsFile
     from llmctl.evaluate.run import Evaluation
 
-    tasks = tasks_of(asked, list(files))
-    settings = dataclasses.replace(settings)
-    evaluation = Evaluation(resolve_model(model), settings)
+    tasks, path = plans.tasks_of(asked, list(files)), resolve_model(model)
+    plans.check_output(output, settings, path, files, tasks)
+    evaluation = Evaluation(path, settings)
     with ResultsFile(output, settings.resume, settings.overwrite) as results, ui.progress("eval", unit="items") as bar:
         for done in suites.run(evaluation, asked, suite_settings, list(files), tasks, results, ui.message, bar.update):
             result_tables.show_done(done, as_json)

@@ -67,11 +67,12 @@ def measured(item: Item, value: float) -> dict[str, Any]:
 def _preference(item: Item, found: Sequence[Likelihood]) -> dict[str, Any]:
     chosen, rejected = found
     per_token = chosen.logprob / chosen.n_tokens > rejected.logprob / rejected.n_tokens
-    return {**compared(chosen.logprob, rejected.logprob), "normalized": float(per_token)}
+    return compared(chosen.logprob, rejected.logprob, acc_norm=float(per_token))
 
 
-def compared(chosen: float, rejected: float) -> dict[str, Any]:
-    return {"chosen": chosen, "rejected": rejected, "scores": {"acc": float(chosen > rejected)}}
+def compared(chosen: float, rejected: float, **more: float) -> dict[str, Any]:
+    scores = {"acc": float(chosen > rejected), **more, "margin": chosen - rejected}
+    return {"chosen": chosen, "rejected": rejected, "scores": scores}
 
 
 def _perplexity(item: Item, found: Sequence[Likelihood]) -> dict[str, Any]:

@@ -64,10 +64,11 @@ def run(
         raise UserError("the token stream holds no training tokens")
     how = {"prefix_lengths": lengths, "continuation": settings.continuation, "documents": settings.documents}
     about = {**evaluation.about(TASK, corpus.sha256), **how}
-    records = results.begin(about)
+    limit = evaluation.settings.limit
+    records = [record for record in results.begin(about) if limit is None or record["id"] < limit]
     done = {record["id"] for record in records}
     with SuffixArray(view, settings.continuation) as suffixes:
-        probes = list(itertools.islice(_probes(view, lengths, settings), evaluation.settings.limit))
+        probes = list(itertools.islice(_probes(view, lengths, settings), limit))
         for each in probes[: evaluation.settings.show]:
             given, expected = (evaluation.tokenizer.decode(ids) for ids in (each.prefix, each.expected))
             show(f"--- copies {each.copies}: {given}⟶{expected}")

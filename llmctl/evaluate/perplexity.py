@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -81,7 +82,20 @@ def documents(paths: Sequence[str], encoder: PairEncoder) -> Iterator[Document]:
         if any(map(_is_stream, paths)):
             yield from _of_stream(Corpus.open(paths, tokenizer_sha256=encoder.tokenizer.sha256), encoder)
         else:
-            yield from _of_texts(DocumentReader(find_inputs(list(paths))), encoder)
+            with _advice_for_eval():
+                yield from _of_texts(DocumentReader(find_inputs(list(paths))), encoder)
+
+
+@contextlib.contextmanager
+def _advice_for_eval() -> Iterator[None]:
+    """Texts that are no UTF-8 are a tokenizer's business: `eval` has no flags for them."""
+    try:
+        yield
+    except UserError as error:
+        if "--errors" not in (error.hint or ""):
+            raise
+        hint = "llmctl tokenize FILE --tokenizer MODEL --errors replace | llmctl eval MODEL -"
+        raise UserError(error.message, hint=hint) from error
 
 
 def _of_texts(groups: DocumentReader, encoder: PairEncoder) -> Iterator[Document]:

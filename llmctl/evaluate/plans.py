@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 from llmctl.errors import CalledWrongly
 from llmctl.evaluate import harness, perplexity, task
-from llmctl.evaluate.settings import Asked
+from llmctl.evaluate.settings import Asked, EvalSettings
 from llmctl.evaluate.task import Task
+from llmctl.files import refuse_existing, refuse_input
 
 
 def tasks_of(asked: Asked, files: Sequence[str]) -> list[Task]:
@@ -38,6 +40,23 @@ def tasks_of(asked: Asked, files: Sequence[str]) -> list[Task]:
         )
     found[place] = dataclasses.replace(found[place], data="\n".join(files))
     return found
+
+
+def check_output(
+    output: str | None, settings: EvalSettings, model: str | os.PathLike, files: Sequence[str], tasks: Sequence[Task]
+) -> None:
+    """Raises CalledWrongly, before a model is loaded, for an output that exists or that would replace what is read."""
+    if output is None:
+        return
+    if not settings.resume:
+        refuse_existing(output, settings.overwrite)
+    beside = [
+        settings.fewshot_data,
+        settings.reward,
+        *(path for each in tasks for path in (each.data, each.fewshot.data)),
+    ]
+    read = [*files, *(part for path in beside if path for part in path.split("\n"))]
+    refuse_input(output, [model, *(path for path in read if path != "-")])
 
 
 def _find(word: str) -> Task:

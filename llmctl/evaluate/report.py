@@ -14,7 +14,7 @@ from llmctl.evaluate import results
 from llmctl.evaluate.results import Section
 from llmctl.evaluate.run import notes
 from llmctl.evaluate.summary import Number, summarize
-from llmctl.files import refuse_existing, write_atomic
+from llmctl.files import refuse_existing, refuse_input, write_atomic
 from llmctl.plotting import page, svg
 from llmctl.quantities import format_count
 
@@ -38,6 +38,7 @@ def write(path: str, files: Sequence[str], overwrite: bool = False) -> None:
     if kind not in FORMATS:
         raise CalledWrongly(f"{path}: expected a name ending in {', '.join(FORMATS)}")
     refuse_existing(path, overwrite)
+    refuse_input(path, files)
     parts = list(_parts(files))
     if kind == ".json":
         write_atomic(path, (json.dumps(_as_json(parts), indent=2, ensure_ascii=False) + "\n").encode())

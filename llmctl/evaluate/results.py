@@ -82,13 +82,18 @@ class ResultsFile:
     def __enter__(self) -> ResultsFile:
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._file is not None:
-            os.fsync(self._file.fileno())
+    def __exit__(self, failure: type | None, *_) -> None:
+        if self._file is None:
+            return
+        try:
+            if failure is None:  # else what went wrong is the news, not that a full disk cannot be flushed
+                os.fsync(self._file.fileno())
+        finally:
             self._file.close()
 
     def begin(self, run: Record) -> list[Record]:
-        """Note what is run now, and give what is done of it already. Raises UserError where that was something else."""
+        """Note what is run now, and give what is done of it already, which is more than is asked for where that run had a
+        higher limit. Raises UserError where it was something else."""
         before = self._before.get(run["task"])
         if before is None:
             self._write({"kind": "run", **run})

@@ -64,14 +64,18 @@ class Evaluation:
         """Run a task to its end, from where `results` left it. `show` gets the prompts that are to be shown."""
         items, identity = self._items(task)
         run = self.about(task, identity)
-        records = results.begin(run)
+        limit = self.settings.limit
+        records = [each for each in results.begin(run) if limit is None or each["id"] < limit]
         done = {record["id"] for record in records}
-        items = itertools.islice(items, self.settings.limit)
+        items = itertools.islice(items, limit)
         shown = _shown(items, self.settings.show, show)
         for record in self.judge.run(task, (item for item in shown if item.number not in done)):
             results.append(record)
             records.append(record)
             progress(len(records), task.name)
+        if not records and limit != 0:
+            name = "standard input" if task.data == "-" else (task.data or task.name).replace("\n", ", ")
+            raise UserError(f"{name}: no text in it, so there is nothing to measure")
         records.sort(key=lambda record: record["id"])
         numbers = summarize(task.name, task.kind, task.metrics, records)
         return Done(task, run, records, numbers, notes(records))
@@ -157,8 +161,12 @@ def _weights_sha256(path: Path) -> str:
 def _shown(items: Iterator[Item], count: int, show: Callable[[str], None]) -> Iterator[Item]:
     for number, item in enumerate(items):
         if number < count:
-            for context, continuation in list(zip(item.contexts, item.continuations)) or [(item.contexts[:1], None)]:
-                show(f"--- {item.place}: {context[0] if continuation is None else context + '⟶' + continuation}")
+            asked = itertools.zip_longest(item.contexts, item.continuations)
+            for context, pairs in itertools.groupby(asked, key=lambda pair: pair[0]):
+                show(f"--- {item.place}: {context}")
+                for _, continuation in pairs:
+                    if continuation is not None:
+                        show(f"⟶{continuation}")
         yield item
 
 

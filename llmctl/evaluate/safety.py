@@ -159,10 +159,11 @@ class _Runner:
     def run(self, name: str, asked: list[Asked], kind: str = "safety") -> Done:
         task = Task(name=name, kind=kind, prompt="", max_new_tokens=_NEW_TOKENS)
         settings, judge = self.evaluation.settings, self.evaluation.judge
-        asked = asked[: settings.limit]
         content = "\n".join(f"{each.group}\t{each.prompt}" for each in asked)
+        asked = asked[: settings.limit]
         about = self.evaluation.about(task, hashlib.sha256(content.encode()).hexdigest())
-        records = self.results.begin(about)
+        wanted = {each.number for each in asked}
+        records = [record for record in self.results.begin(about) if record["id"] in wanted]
         done = {record["id"] for record in records}
         for each in asked[: settings.show]:
             self.show(f"--- {each.group}: {each.prompt}")

@@ -88,13 +88,6 @@ def _of_values(records: list[Record]) -> list[tuple[str, float, float | None]]:
     return found
 
 
-def _of_pairs(records: list[Record]) -> list[tuple[str, float, float | None]]:
-    found = [("margin", *mean([each["chosen"] - each["rejected"] for each in records]))]
-    if "normalized" in records[0]:
-        found.insert(0, ("acc_norm", *mean([each["normalized"] for each in records])))
-    return found
-
-
 def _of_words(records: list[Record]) -> list[tuple[str, float, float | None]]:
     """Perplexity of the answers, with the standard error by the delta method."""
     nats, error = mean([-each["logprob"] for each in records])
@@ -130,7 +123,6 @@ def _of_answers(records: list[Record]) -> list[tuple[str, float, float | None]]:
 _OF_ALL = {
     "classification": _of_labels,
     "regression": _of_values,
-    "preference": _of_pairs,
     "cloze": _of_words,
     "perplexity": _of_texts,
     "trigger": _of_answers,

@@ -131,6 +131,7 @@ def load(path: str | Path) -> Task:
         raise UserError(f"{path}: not a task file: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a task file: expected keys and values")
+    _refuse_unknown(Task, content, str(path))
     content = {"name": Path(path).stem, **content}
     kind = content.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -173,12 +174,17 @@ def _part(cls, content: Any, name: str):
     fields = {each.name: each for each in dataclasses.fields(cls)}
     if not isinstance(content, dict):
         raise UserError(f"{name}: expected keys and values, got {content!r}")
-    if unknown := next((key for key in content if key not in fields), None):
-        raise UserError(f"{name}: unknown key {unknown!r}", hint=did_you_mean(str(unknown), fields))
+    _refuse_unknown(cls, content, name)
     missing = [key for key, each in fields.items() if key not in content and _is_needed(each)]
     if missing:
         raise UserError(f"{name}: there is no {missing[0]!r}")
     return cls(**{key: _typed(value, str(fields[key].type), f"{name}: {key}") for key, value in content.items()})
+
+
+def _refuse_unknown(cls, content: dict, name: str) -> None:
+    known = [each.name for each in dataclasses.fields(cls)]
+    if unknown := next((key for key in content if key not in known), None):
+        raise UserError(f"{name}: unknown key {unknown!r}", hint=did_you_mean(str(unknown), known))
 
 
 def _is_needed(each: dataclasses.Field) -> bool:
