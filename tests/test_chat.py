@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -408,6 +409,18 @@ def from_lines(engine, text):
     return written, notes
 
 
+def test_a_byte_order_mark_is_no_part_of_a_question(engine, tmp_path):
+    said = []
+    for mark in (b"", codecs.BOM_UTF8):
+        desk = Desk(engine, ChatSettings(), GREEDY)
+        lines.run(desk, [mark + b"hi\r\n", b'{"role": "user", "content": "x"}\r\n'], said.append, print)
+        assert [message["content"] for message in desk.conversation.messages[::2]] == ["hi", "x"]
+    (tmp_path / "s.jsonl").write_bytes(codecs.BOM_UTF8 + b'{"messages": [{"role": "user", "content": "hi"}]}\r\n')
+    assert sessions.load(tmp_path / "s.jsonl", "")[0].messages == [{"role": "user", "content": "hi"}]
+    with pytest.raises(UserError, match="a device"):
+        sessions.load("/dev/zero", "")
+
+
 def test_a_broken_turn_ends_a_pipe_after_the_answers_in_front_of_it(llmctl, model):
     result = llmctl("chat", model, "-n", 5, input='hi\n{"role": "user"\n', code=1)
     assert result.stdout.count("\n") >= 1
@@ -505,12 +518,15 @@ def test_what_is_attached_waits_until_its_question_is_answered(engine):
     assert desk.attached == [] and "> z" in desk.conversation.messages[0]["content"]
 
 
-def test_another_model_is_opened_as_this_one_was(monkeypatch):
+def test_another_model_is_opened_as_this_one_was(monkeypatch, tmp_path):
     opened = []
     monkeypatch.setattr(Engine, "open", lambda *args: opened.append(args))
     settings = ChatSettings(provider="cpu", device="cpu", kv_dtype="int8", threads=1, force=True)
-    Desk.open(SimpleNamespace(settings=settings), "there", ["adapter"])
-    assert opened == [("there", settings, ["adapter"], True, None)]
+    desk = SimpleNamespace(settings=settings)
+    Desk.open(desk, str(tmp_path), ["adapter"])
+    assert opened == [(str(tmp_path), settings, ["adapter"], True, None)]
+    with pytest.raises(UserError, match="nowhere: no such checkpoint"):
+        Desk.open(desk, "nowhere")
 
 
 def test_the_desk_keeps_a_file_up_to_date(engine, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import termios
 
 import pytest
 
@@ -108,6 +110,18 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(chat, tmp_path):
     messages = json.loads((tmp_path / "s.jsonl").read_text())["messages"]
     assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant"]
     assert messages[1]["content"]
+
+
+def test_a_signal_leaves_the_terminal_as_it_was(chat):
+    terminal = chat()
+    as_it_was = termios.ICANON | termios.ECHO
+    assert termios.tcgetattr(terminal.fd)[3] & as_it_was == 0
+    terminal.wait_for_quiet(0.3)
+    terminal.process.send_signal(signal.SIGTERM)
+    while terminal.process.poll() is None:
+        terminal.wait_for_quiet(0.1)
+    assert terminal.process.returncode == 143
+    assert termios.tcgetattr(terminal.fd)[3] & as_it_was == as_it_was
 
 
 def test_going_on_with_the_last_conversation(chat):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import random
@@ -39,7 +40,7 @@ def pair(
 def read_prompts(path: str | os.PathLike) -> Iterator[list[dict]]:
     """Messages from lines of text or of JSON with prompt or messages. Raises `UserError` naming the line."""
     try:
-        lines = Path(path).read_bytes().splitlines()
+        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     if not any(line.strip() for line in lines):

@@ -15,7 +15,7 @@ from llmctl.chat.settings import ChatSettings
 from llmctl.chat.talk import Talk
 from llmctl.chat.tool_turns import Approve, ToolLayer
 from llmctl.chat.tools.toolbox import Toolbox, named
-from llmctl.errors import CalledWrongly
+from llmctl.errors import CalledWrongly, UserError
 from llmctl.generation.settings import Sampling
 
 _SHARE = 4  # of the context, for one result of a tool
@@ -69,7 +69,9 @@ class Desk:
         return self.talk.conversation
 
     def open(self, path: str, adapters: Sequence[str] = ()) -> Engine:
-        """Another model, with this chat's settings."""
+        """Another model, with this chat's settings. Raises `UserError` where there is none."""
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such checkpoint", hint="give the path of a local checkpoint directory")
         return engine_of(path, self.settings, adapters)
 
     def use(self, engine: Engine) -> None:
@@ -168,3 +170,6 @@ def check(settings: ChatSettings) -> None:
         raise CalledWrongly("--tools are for one answer, not for several samples of it")
     if settings.embed_model and not settings.docs:
         raise CalledWrongly("--embed-model finds passages of --docs, which is not given")
+    if settings.docs and not Path(settings.docs).is_dir():
+        raise CalledWrongly(f"--docs {settings.docs}: no such directory")
+    toolbox_of(settings)

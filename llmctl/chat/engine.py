@@ -25,7 +25,7 @@ class ContextFull(UserError):
 
     def __init__(self, n_tokens: int, room: int):
         super().__init__(
-            f"the context is full: the conversation has {n_tokens} tokens, the model reads {room}",
+            f"the context is full: the conversation has {n_tokens} tokens, the model reads {room} with its answer",
             hint="/compact shortens it, --on-full drop-oldest drops its oldest turns, /reset begins anew",
         )
         self.n_tokens, self.room = n_tokens, room

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -53,8 +54,10 @@ def save(conversation: Conversation, path: str | os.PathLike, model: str, templa
 
 def load(path: str | os.PathLike, template: str) -> tuple[Conversation, list[str]]:
     """The conversation of a file, and what a person should know of it. Raises `UserError` naming the line."""
+    if Path(path).is_char_device():  # some never end
+        raise UserError(f"{path}: a device, which holds no conversation")
     try:
-        lines = Path(path).read_bytes().splitlines()
+        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     rows = [_row(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]

@@ -35,7 +35,10 @@ def find(name: str) -> Callable:
     """Raises `UserError` for what is no command."""
     function = getattr(sys.modules[__name__], f"slash_{name}", None)
     if function is None:
-        raise UserError(f"no such command: /{name}", did_you_mean(name, names()) or "/help lists the commands")
+        hint = (
+            did_you_mean(name, names()) or "/help lists the commands; a space in front of the slash makes it a question"
+        )
+        raise UserError(f"no such command: /{name}", hint)
     return function
 
 
@@ -140,7 +143,7 @@ def slash_params(desk: Desk, view: View, words: str) -> None:
     if (changes.get("num_beams") or 1) > 1:
         raise UserError("/params: num_beams searches; a chat draws its answers", "llmctl generate --num-beams")
     desk.change_sampling(changes)
-    said = [f"{name}={value}" for name, value in vars(desk.talk.sampling).items() if value is not None]
+    said = [f"{name}={value}" for name, value in vars(desk.talk.sampling).items() if value not in (None, ())]
     view.say(f"{' '.join(said)}; the rest is as the checkpoint says")
 
 
@@ -174,7 +177,7 @@ def slash_attach(desk: Desk, view: View, words: str) -> None:
         raise UserError(f"{path}: no text file")
     if len(content) > MAX_ATTACHED:
         raise UserError(f"{path}: {len(content)} bytes; {MAX_ATTACHED} at most can be attached")
-    desk.attached.append((path.name, content.decode(errors="replace")))
+    desk.attached.append((path.name, content.decode("utf-8-sig", "replace")))
     view.say(f"{path.name}: {len(content)} bytes, goes with the next question")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,7 @@ def read_turns(lines: Iterable[bytes]) -> Iterator[Turn]:
     """Blank lines are skipped. Raises `UserError` for what is no UTF-8, no JSON or no message, and where there is nothing."""
     is_empty = True
     for number, line in enumerate(lines, 1):
-        name = f"standard input: line {number}"
+        name, line = f"standard input: line {number}", line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
         try:
             text = line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:

@@ -40,7 +40,11 @@ class Repl:
         )
 
     def run(self) -> None:
-        self._greet()
+        with _leaving_on(signal.SIGTERM, signal.SIGHUP):
+            self._greet()
+            self._read()
+
+    def _read(self) -> None:
         while True:
             try:
                 line = self._editor.prompt("> ")
@@ -100,6 +104,21 @@ class Repl:
         speed = f" · {figures(talk.last)}" if talk.last is not None else ""
         branch = "" if self.desk.conversation.branch == "main" else f" · branch {self.desk.conversation.branch}"
         return HTML("{} · {}{}{}").format(engine.name[-40:], context, speed, branch)
+
+
+@contextlib.contextmanager
+def _leaving_on(*signals: signal.Signals) -> Iterator[None]:
+    """A signal ends the chat as an exception does, so that the terminal is as it was before."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _keys() -> KeyBindings:

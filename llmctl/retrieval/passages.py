@@ -44,7 +44,7 @@ def read_text(path: Path) -> str | None:
     except OSError:  # gone meanwhile, or not ours to read
         return None
     try:
-        return None if b"\0" in content else content.decode()
+        return None if b"\0" in content else content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
 
