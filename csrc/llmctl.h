@@ -149,6 +149,22 @@ typedef struct {
 #define LLMCTL_ATTENTION_MAX_HEAD_DIM 256
 LLMCTL_API int llmctl_attention(int32_t dtype, const llmctl_attention_args* args);
 
+/* For each group_size weights of a row [n_rows, n_in] a scale, of 16 bits (LLMCTL_F16 or LLMCTL_BF16), and a zero, a whole
+ * number: the parts `shrinks` of the group's range are tried, and the one kept with the least sum of importance [n_in] (null:
+ * 1) times the squared error of the nearest codes. Symmetric scales may be negative, their zero is 2^(bits - 1). Scales of
+ * least_scale and below are 1; so are those of a group with NaN, whose zero is 0. scales and zeros are [n_rows, groups]. */
+typedef struct {
+    const float* weight;
+    const float* importance;
+    const float* shrinks;
+    float* scales;
+    float* zeros;
+    int64_t n_rows, n_in, weight_stride, group_size, n_shrinks;
+    float least_scale;
+    int32_t bits, is_symmetric, scales_dtype;
+} llmctl_group_scales_args;
+LLMCTL_API int llmctl_group_scales(const llmctl_group_scales_args* args);
+
 /* out = activation(x) * up, element by element, or activation(x) where up is null; out may be x or up. */
 enum {
     LLMCTL_SILU = 0,

@@ -37,6 +37,7 @@ SIGNATURES = {
     "llmctl_bpe_encode": [INT, PTR, PTR, PTR, I64, PTR, I64, PTR, I64, I32, PTR, PTR],
     "llmctl_linear": [INT, I32, I32, PTR, I64, PTR, I64, PTR, PTR, I64, I64, I64, I64],
     "llmctl_quantized_linear": [INT, I32, PTR, I64, PTR, PTR, PTR, I64, I64, I64, I64],
+    "llmctl_group_scales": [INT, PTR],
     "llmctl_attention": [INT, I32, PTR],
     "llmctl_activation": [INT, I32, I32, PTR, PTR, PTR, I64],
     "llmctl_gated_gradient": [INT, I32, I32, PTR, PTR, PTR, PTR, PTR, I64],

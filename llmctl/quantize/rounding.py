@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from llmctl.models.packed import AffineWeight, FloatWeight, TableWeight
+from llmctl.ops.group_scales import group_scales, in_groups
 from llmctl.quantize.scheme import TABLE_BLOCK, Scheme
 
 SHRINKS = (1.06, 1.0, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.65, 0.6, 0.55)
 """Parts of a group's range that the search tries: to cut off its ends may cost less than coarser steps do."""
-SEARCHED_ROWS = 1024
-"""Rows of a matrix that the search looks at at a time."""
 
 
 def scales_and_zeros(
@@ -25,58 +24,29 @@ def scales_and_zeros(
     Below 8 bits, where `searches`, they are those of the range's part with the least squared error, each column's weighted
     by `importance_K`; else those of the whole range.
     """
-    parts = []
-    for first in range(0, len(weight_NK), SEARCHED_ROWS):
-        groups_NJG = in_groups(weight_NK[first : first + SEARCHED_ROWS], scheme.size(weight_NK.shape[1]))
-        weights_JG = None
-        if importance_K is not None:
-            weights_JG = in_groups(importance_K[None].to(groups_NJG.dtype), groups_NJG.shape[2])[0]
-        shrinks = SHRINKS if scheme.bits < 8 and searches else (1.0,)
-        if scheme.symmetric and len(shrinks) > 1:  # there is one code more below zero, for the side that needs it
-            shrinks = [sign * shrink for shrink in SHRINKS for sign in (1, -1)]
-        parts.append(_best(groups_NJG, scheme, dtype, weights_JG, shrinks))
-    scales_NJ, zeros_NJ = (torch.cat(values) for values in zip(*parts))
+    shrinks = SHRINKS if scheme.bits < 8 and searches else (1.0,)
+    if scheme.symmetric and len(shrinks) > 1:  # there is one code more below zero, for the side that needs it
+        shrinks = [sign * shrink for shrink in SHRINKS for sign in (1, -1)]
+    scales_NJ, zeros_NJ = group_scales(
+        weight_NK,
+        scheme.size(weight_NK.shape[1]),
+        scheme.bits,
+        scheme.symmetric,
+        shrinks,
+        importance_K,
+        held_dtype(dtype),
+    )
     return scales_NJ, None if scheme.symmetric else zeros_NJ
 
 
+def held_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of scales which `dtype` and 16 bits hold, as kernels read them."""
+    return torch.bfloat16 if dtype == torch.float32 else dtype
+
+
 def held(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The nearest scales that `dtype` and 16 bits hold, as kernels read them; float32."""
-    return scales.to(torch.bfloat16 if dtype == torch.float32 else dtype).float()
-
-
-def in_groups(weight_NK: torch.Tensor, size: int) -> torch.Tensor:
-    """[N, J, G]; the last group is filled up with zeros."""
-    return torch.nn.functional.pad(weight_NK, (0, -weight_NK.shape[1] % size)).unflatten(1, (-1, size))
-
-
-def _best(groups_NJG, scheme: Scheme, dtype, weights_JG, shrinks) -> tuple[torch.Tensor, torch.Tensor]:
-    best_NJ = torch.full(groups_NJG.shape[:2], torch.inf)
-    scales_NJ, zeros_NJ = torch.ones_like(best_NJ), torch.zeros_like(best_NJ)
-    for shrink in shrinks:
-        tried_NJ, middle_NJ = _of_range(groups_NJG, scheme, dtype, shrink)
-        errors = dequantize(codes_of(groups_NJG, tried_NJ, middle_NJ, scheme.bits), tried_NJ, middle_NJ) - groups_NJG
-        errors = errors.square_() if weights_JG is None else errors.square_().mul_(weights_JG)
-        errors_NJ = errors.sum(-1)
-        better_NJ = errors_NJ < best_NJ
-        best_NJ = torch.where(better_NJ, errors_NJ, best_NJ)
-        scales_NJ = torch.where(better_NJ, tried_NJ, scales_NJ)
-        zeros_NJ = torch.where(better_NJ, middle_NJ, zeros_NJ)
-    return scales_NJ, zeros_NJ
-
-
-def _of_range(groups_NJG, scheme: Scheme, dtype, shrink: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points that spread the codes over a part of each group's range; zero keeps a code of its own."""
-    top = (1 << scheme.bits) - 1
-    if scheme.symmetric:
-        scales = groups_NJG.abs().amax(-1) * (shrink * 2 / top)
-    else:
-        low, high = groups_NJG.amin(-1).clamp(max=0) * shrink, groups_NJG.amax(-1).clamp(min=0) * shrink
-        scales = (high - low) / top
-    tiny = torch.finfo(torch.float16).tiny if dtype == torch.float16 else 1e-30
-    scales = held(torch.where(scales.abs() > tiny, scales, 1.0), dtype)
-    if scheme.symmetric:
-        return scales, torch.full_like(scales, 1 << (scheme.bits - 1))
-    return scales, (-low / scales).round_().clamp_(0, top)
+    """The nearest scales in `held_dtype`; float32."""
+    return scales.to(held_dtype(dtype)).float()
 
 
 def codes_of(groups_NJG: torch.Tensor, scales_NJ: torch.Tensor, zeros_NJ: torch.Tensor, bits: int) -> torch.Tensor:
