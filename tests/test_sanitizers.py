@@ -18,6 +18,7 @@ FUZZ = [
     "ops_activation",
     "ops_norm",
     "ops_quantized",
+    "ops_group_scales",
     "ops_sampling",
     "decode_step",
 ]
