@@ -103,7 +103,7 @@ def test_activation(library, dtype, kind, gated):
     torch.testing.assert_close(found.float(), expected.float(), rtol=1.6e-2, atol=1e-5, equal_nan=True)
 
 
-def attended(library, q, k, v, visibility, scale=None, softcap=None, bias=None):
+def attended(library, q, k, v, visibility, scale=None, softcap=None, bias=None, scales=()):
     batch, heads, queries, head_dim = q.shape
     out = q.new_full((batch, queries, heads, head_dim), 7.0)
     limits = [None if x is None else x.expand(batch, queries) for x in (visibility.first_BT, visibility.end_BT)]
@@ -113,6 +113,7 @@ def attended(library, q, k, v, visibility, scale=None, softcap=None, bias=None):
         visibility.offset if visibility.causal else -1,
         head_dim**-0.5 if scale is None else scale,
         softcap or 0.0,
+        *scales,
     )
     cached_attention.on_cuda(library, q, args)
     return out.transpose(1, 2)
@@ -134,6 +135,26 @@ def test_attention(library, dtype, head_dim, heads, kv_heads, queries, keys):
     k, v = (torch.randn(2, kv_heads, keys + 3, head_dim).to(dtype)[:, :, :keys] for _ in range(2))
     seen = Visibility(True, keys - queries)
     close(attended(library, q, k, v, seen), weighted(q, k, v, seen).to(dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 33, 80, 128, 192, 256])
+@pytest.mark.parametrize("heads, kv_heads, queries, keys", [(8, 2, 1, 400), (3, 1, 6, 17), (2, 2, 1, 1)])
+def test_attention_to_bytes(library, dtype, head_dim, heads, kv_heads, queries, keys):
+    torch.manual_seed(head_dim)
+    q = torch.randn(2, queries, heads, head_dim).to(dtype).transpose(1, 2)
+    codes = torch.randint(0, 256, (2, 2, kv_heads, keys + 3, head_dim), dtype=torch.uint8)[:, :, :, :keys]
+    scales = torch.rand(2, 2, kv_heads, keys + 3)[..., :keys] / 64
+    k, v = (cached_attention.InBytes(*pair) for pair in zip(codes, scales))
+    first = torch.tensor([[0], [min(keys - 1, 5)]])
+    seen = Visibility(True, keys - queries, torch.minimum(first, torch.arange(keys - queries, keys)))
+    found = attended(library, q, *codes, seen, softcap=20.0, scales=scales)
+    expected = weighted(q, k.decoded(torch.float32), v.decoded(torch.float32), seen, softcap=20.0)
+    close(found, expected.to(dtype), dtype)
+    scales[1, :, :, keys - 1] = math.nan  # values
+    assert attended(library, q, *codes, seen, scales=scales)[:, :, -1].isnan().all()
+    if keys > queries:  # the last key is hidden from the first query of several
+        assert attended(library, q, *codes, seen, scales=scales)[:, :, 0].isnan().all() == (queries == 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,7 +211,7 @@ SCALES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 1000])
-@pytest.mark.parametrize("rows, n_out, n_in", [(1, 1, 1), (1, 33, 303), (3, 50, 128), (9, 16, 517), (35, 20, 260)])
+@pytest.mark.parametrize("rows, n_out, n_in", [(1, 1, 1), (1, 33, 303), (3, 50, 131), (9, 16, 517), (35, 20, 260)])
 def test_quantized_linear(library, bits, dtype, group_size, rows, n_out, n_in):
     torch.manual_seed(rows + group_size)
     for case, (with_zeros, scale_dtype) in enumerate([(False, SCALES[n_out % 3]), (True, SCALES[rows % 3])]):

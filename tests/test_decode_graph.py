@@ -140,11 +140,12 @@ def test_quantized_matrices():
     assert recorder.count
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family, kv_dtype", [("llama", None), ("gemma3_text", None), ("gemma3_text", torch.int8)])
 @torch.inference_mode()
-def test_the_kernels_of_the_library_are_replayed(family, library, monkeypatch):  # noqa: F811
+def test_the_kernels_of_the_library_are_replayed(family, kv_dtype, library, monkeypatch):  # noqa: F811
     """As on a device: what is written in Python around each kernel, with windows, padding and norms of heads."""
     model = model_of({**CONFIGS[family], "hidden_size": 64, "intermediate_size": 80})
+    model.cache_dtype = kv_dtype
     for layer in model.layers:
         layer.ffn.down_proj = quantize(layer.ffn.down_proj, 4, True)
         layer.mixer.o_proj = quantize(layer.mixer.o_proj, 8, False)

@@ -207,7 +207,7 @@ def test_caches_of_other_types(isa, number, dtype):
     q, k, v = sample(2, heads, kv_heads, queries, keys, size, dtype, dice.choice([0.3, 1.0, 3.0]))
     visibility, softcap = Visibility(True, keys - queries), dice.choice([None, 20.0])
     room = QuantizedKeyValues(SimpleNamespace(n_kv_heads=kv_heads, head_dim=size), 2, keys, torch.int8, "cpu")
-    decoded = room.append(0, k.float(), v.float())
+    decoded = [kept.decoded(torch.float32) for kept in room.append(0, k.float(), v.float())]
     torch.testing.assert_close(decoded[0], k.float(), rtol=0, atol=float(k.abs().max()) / 127)
     scales = [room.key_scales, room.value_scales]
     found = by_kernel(q, k, v, [room.keys, room.values], scales, 3, visibility, softcap)

@@ -1,117 +1,15 @@
 // Attention of few queries to many cached keys (decoding): the keys of a sequence are cut into pieces for as many blocks as the
 // device has room for, each takes its piece through an online softmax (arXiv:2205.14135), and a second kernel joins them.
-#include <cmath>
-
 #include "boundary.h"
-#include "cuda/device.h"
-#include "cuda/ptx.h"
+#include "cuda/attention_tile.h"
 
 namespace llmctl {
 namespace cuda {
 namespace {
 
-constexpr int rows = 16;  // queries x heads of one kv head that meet its keys together: the height of a matrix fragment
-constexpr int keys = 16;  // that a warp takes at once
-constexpr int n_warps = 4, threads = n_warps * warp_size, stages = 2, padding = 8;
-
-struct Plan {
-    llmctl_attention_args a;
-    int64_t group, n_rows, n_tiles, n_pieces, piece_keys;
-    float* parts;
-};
-
-struct Range {
-    int64_t begin, end;
-};
-
-__device__ Range visible(const llmctl_attention_args& a, int64_t sequence, int64_t query) {
-    int64_t begin = a.first ? a.first[sequence * a.first_strides[0] + query * a.first_strides[1]] : 0;
-    int64_t end = a.end ? a.end[sequence * a.end_strides[0] + query * a.end_strides[1]] : a.keys;
-    if (a.causal_offset >= 0 && a.causal_offset + query + 1 < end) end = a.causal_offset + query + 1;
-    return {begin > 0 ? begin : 0, end < a.keys ? end : a.keys};
-}
-
-// A row of a tile: which query and head it is, and what it sees.
-struct Query {
-    int64_t t, head;
-    Range seen;
-    bool exists;
-};
-
-__device__ Query query_of(const Plan& plan, int64_t sequence, int64_t kv_head, int64_t row) {
-    if (row >= plan.n_rows) return {0, 0, {0, 0}, false};
-    const int64_t t = row / plan.group;
-    return {t, kv_head * plan.group + row % plan.group, visible(plan.a, sequence, t), true};
-}
-
-__device__ float scored(const llmctl_attention_args& a, float product, const Query& query, int64_t sequence, int64_t key) {
-    if (key < query.seen.begin || key >= query.seen.end) return -INFINITY;
-    float score = product * a.scale;
-    if (a.softcap > 0.0f) score = a.softcap * tanhf(score / a.softcap);
-    if (a.bias) {
-        score += a.bias[sequence * a.bias_strides[0] + query.head * a.bias_strides[1] + query.t * a.bias_strides[2] +
-                        key * a.bias_strides[3]];
-    }
-    return score;
-}
-
-__device__ float weight_of(float score, float highest) { return score == -INFINITY ? 0.0f : expf(score - highest); }
-
-// Where the sums of a row of a piece lie: its highest score, the softmax's denominator, then head_dim weighted values.
-__device__ float* part_of(const Plan& plan, int64_t tile, int64_t piece, int row) {
-    return plan.parts + ((tile * plan.n_pieces + piece) * rows + row) * (plan.a.head_dim + 2);
-}
-
-// The tile (of a sequence and kv head) and the keys that a block has to do with.
-struct Work {
-    int64_t tile, sequence, kv_head, first_row;
-    Range range;
-};
-
-__device__ Work work_of(const Plan& plan) {
-    const int64_t head = blockIdx.y / plan.n_tiles;
-    Work work = {blockIdx.y, head / plan.a.kv_heads, head % plan.a.kv_heads, blockIdx.y % plan.n_tiles * rows, {plan.a.keys, 0}};
-    for (int64_t row = work.first_row; row < work.first_row + rows && row < plan.n_rows; row += 1) {
-        const Range seen = visible(plan.a, work.sequence, row / plan.group);
-        if (seen.begin < work.range.begin) work.range.begin = seen.begin;
-        if (seen.end > work.range.end) work.range.end = seen.end;
-    }
-    const int64_t begin = blockIdx.x * plan.piece_keys, end = begin + plan.piece_keys;
-    if (work.range.begin < begin) work.range.begin = begin;
-    if (work.range.end > end) work.range.end = end;
-    return work;
-}
+constexpr int n_warps = 4, threads = n_warps * warp_size, stages = 2;
 
 // ---- bfloat16: products on the matrix units --------------------------------------------------------------------------------
-
-template <int Dim>
-struct Tile {
-    uint16_t k[keys][Dim + padding], v[keys][Dim + padding];
-};
-
-// Brings keys [first, first + 16) of those below `end` to shared memory; what is beyond, in either direction, becomes 0.
-template <int Dim>
-__device__ void fetch(const llmctl_attention_args& a, const Work& work, int64_t first, bool by_16_bytes, Tile<Dim>& tile) {
-    const int lane = static_cast<int>(threadIdx.x) % warp_size;
-    const auto* k = static_cast<const uint16_t*>(a.k) + work.sequence * a.k_strides[0] + work.kv_head * a.k_strides[1];
-    const auto* v = static_cast<const uint16_t*>(a.v) + work.sequence * a.v_strides[0] + work.kv_head * a.v_strides[1];
-    constexpr int chunks = Dim / 8;
-    for (int i = lane; i < keys * chunks; i += warp_size) {
-        const int row = i / chunks, dim = i % chunks * 8;
-        const int64_t key = first + row;
-        if (key < work.range.end && by_16_bytes && dim + 8 <= a.head_dim) {
-            copy_16_bytes_async(&tile.k[row][dim], k + key * a.k_strides[2] + dim);
-            copy_16_bytes_async(&tile.v[row][dim], v + key * a.v_strides[2] + dim);
-            continue;
-        }
-        for (int j = dim; j < dim + 8; ++j) {
-            const bool exists = key < work.range.end && j < a.head_dim;
-            tile.k[row][j] = exists ? k[key * a.k_strides[2] + j] : 0;
-            tile.v[row][j] = exists ? v[key * a.v_strides[2] + j] : 0;
-        }
-    }
-    commit_copies();
-}
 
 // The online softmax of one warp over its keys. A lane has rows g and g + 8 of every fragment, g = lane / 4.
 template <int Dim>
@@ -140,7 +38,7 @@ __device__ void load_queries(const Plan& plan, const Work& work, const Query (&m
 
 template <int Dim>
 __device__ void attend(const Plan& plan, const Work& work, const Query (&mine)[2], const uint32_t (&q)[Dim / 16][4],
-                       const Tile<Dim>& tile, int64_t first, Sums<Dim>& sums) {
+                       const Tile<Dim>& tile, const ByteTile<Dim>* bytes, int64_t first, Sums<Dim>& sums) {
     const int lane = static_cast<int>(threadIdx.x) % warp_size, g = lane / 4, within = lane % 4;
     float scores[2][4] = {};
 #pragma unroll
@@ -157,8 +55,10 @@ __device__ void attend(const Plan& plan, const Work& work, const Query (&mine)[2
         float highest = sums.highest[half];
         for (int n = 0; n < 2; ++n) {
             for (int i = 0; i < 2; ++i) {
+                const int key = n * 8 + 2 * within + i;
                 float& score = scores[n][2 * half + i];
-                score = scored(plan.a, score, mine[half], work.sequence, first + n * 8 + 2 * within + i);
+                if (bytes) score *= bytes->k_scales[key];
+                score = scored(plan.a, score, mine[half], work.sequence, first + key);
                 highest = Max()(highest, score);
             }
         }
@@ -172,6 +72,7 @@ __device__ void attend(const Plan& plan, const Work& work, const Query (&mine)[2
                 float& score = scores[n][2 * half + i];
                 score = weight_of(score, highest);
                 sums.total[half] += score;
+                if (bytes && score != 0.0f) score *= bytes->v_scales[n * 8 + 2 * within + i];
             }
         }
     }
@@ -191,9 +92,17 @@ __device__ void attend(const Plan& plan, const Work& work, const Query (&mine)[2
     }
 }
 
-template <int Dim>
+// What lies in shared memory while the warps work: tiles of each stage, and of bytes one more that has been widened.
+template <int Dim, bool Bytes>
+struct Stages {
+    using Stage = std::conditional_t<Bytes, ByteTile<Dim>, Tile<Dim>>;
+    Stage stage[n_warps][stages];
+    Tile<Bytes ? Dim : 0> widened[Bytes ? n_warps : 1];
+};
+
+template <int Dim, bool Bytes>
 __global__ void __launch_bounds__(threads) piece_bf16(Plan plan, bool by_16_bytes) {
-    auto* tiles = dynamic_shared<Tile<Dim>>();  // [warp][stage], and afterwards the warps' sums
+    auto* shared = dynamic_shared<Stages<Dim, Bytes>>();  // and afterwards the warps' sums
     const Work work = work_of(plan);
     const int warp = static_cast<int>(threadIdx.x) / warp_size, lane = static_cast<int>(threadIdx.x) % warp_size;
     const int g = lane / 4, within = lane % 4;
@@ -202,19 +111,25 @@ __global__ void __launch_bounds__(threads) piece_bf16(Plan plan, bool by_16_byte
     uint32_t q[Dim / 16][4];
     load_queries<Dim>(plan, work, mine, q);
     Sums<Dim> sums;
-    const auto tile = [&](int64_t number) -> Tile<Dim>& { return tiles[warp * stages + number % stages]; };
     const int64_t step = n_warps * keys, begin = work.range.begin + warp * keys;
     const int64_t count = begin < work.range.end ? (work.range.end - begin + step - 1) / step : 0;
-    if (count > 0) fetch(plan.a, work, begin, by_16_bytes, tile(0));
+    if (count > 0) shared->stage[warp][0].fetch(plan.a, work, begin, by_16_bytes);
     for (int64_t i = 0; i < count; ++i) {
+        auto& now = shared->stage[warp][i % stages];
         if (i + 1 < count) {
-            fetch(plan.a, work, begin + (i + 1) * step, by_16_bytes, tile(i + 1));
+            shared->stage[warp][(i + 1) % stages].fetch(plan.a, work, begin + (i + 1) * step, by_16_bytes);
             wait_for_copies<1>();
         } else {
             wait_for_copies<0>();
         }
         __syncwarp();
-        attend<Dim>(plan, work, mine, q, tile(i), begin + i * step, sums);
+        if constexpr (Bytes) {
+            now.widen(shared->widened[warp]);
+            __syncwarp();
+            attend<Dim>(plan, work, mine, q, shared->widened[warp], &now, begin + i * step, sums);
+        } else {
+            attend<Dim>(plan, work, mine, q, now, nullptr, begin + i * step, sums);
+        }
         __syncwarp();  // before this stage is fetched into again
     }
     for (int half = 0; half < 2; ++half) {
@@ -225,7 +140,7 @@ __global__ void __launch_bounds__(threads) piece_bf16(Plan plan, bool by_16_byte
     // The warps' sums, joined by all threads.
     __syncthreads();
     constexpr int width = Dim + 2;
-    auto* all = reinterpret_cast<float*>(tiles);  // [warp][row][width]
+    auto* all = reinterpret_cast<float*>(shared);  // [warp][row][width]
     for (int half = 0; half < 2; ++half) {
         float* to = all + (warp * rows + g + 8 * half) * width;
         if (within == 0) to[0] = sums.highest[half], to[1] = sums.total[half];
@@ -255,12 +170,42 @@ __global__ void __launch_bounds__(threads) piece_bf16(Plan plan, bool by_16_byte
 
 constexpr int max_dims_per_lane = LLMCTL_ATTENTION_MAX_HEAD_DIM / warp_size;
 
+// Keys or values of one kv head as numbers.
+template <class Element>
+struct Numbers {
+    const Element* first;
+    int64_t stride;
+    __device__ float at(int64_t key, int64_t i) const { return to_float(first[key * stride + i]); }
+};
+template <>
+struct Numbers<uint8_t> {
+    const uint8_t* first;
+    int64_t stride;
+    const float* scales;
+    __device__ float at(int64_t key, int64_t i) const {
+        return static_cast<float>(first[key * stride + i] - 128) * scales[key];
+    }
+};
+
+template <class Element>
+__device__ Numbers<Element> numbers(const llmctl_attention_args&, const Work& work, const void* from,
+                                    const int64_t (&strides)[3], const float*) {
+    return {begin_of<Element>(from, strides, work), strides[2]};
+}
+template <>
+__device__ Numbers<uint8_t> numbers(const llmctl_attention_args& a, const Work& work, const void* from,
+                                    const int64_t (&strides)[3], const float* scales) {
+    const int64_t place = work.sequence * a.scale_strides[0] + work.kv_head * a.scale_strides[1];
+    return {begin_of<uint8_t>(from, strides, work), strides[2], scales + place};
+}
+
+template <class Element>
 __global__ void piece_f32(Plan plan) {
     const llmctl_attention_args& a = plan.a;
     const Work work = work_of(plan);
     const int warp = static_cast<int>(threadIdx.x) / warp_size, lane = static_cast<int>(threadIdx.x) % warp_size;
-    const float* k = static_cast<const float*>(a.k) + work.sequence * a.k_strides[0] + work.kv_head * a.k_strides[1];
-    const float* v = static_cast<const float*>(a.v) + work.sequence * a.v_strides[0] + work.kv_head * a.v_strides[1];
+    const auto k = numbers<Element>(a, work, a.k, a.k_strides, a.k_scales);
+    const auto v = numbers<Element>(a, work, a.v, a.v_strides, a.v_scales);
     for (int row = warp; row < rows; row += n_warps) {
         const Query query = query_of(plan, work.sequence, work.kv_head, work.first_row + row);
         const float* q = static_cast<const float*>(a.q) + work.sequence * a.q_strides[0] + query.head * a.q_strides[1] +
@@ -271,7 +216,7 @@ __global__ void piece_f32(Plan plan) {
             float score = -INFINITY;
             if (key < work.range.end) {
                 float product = 0.0f;
-                for (int64_t i = 0; i < a.head_dim; ++i) product += q[i] * k[key * a.k_strides[2] + i];
+                for (int64_t i = 0; i < a.head_dim; ++i) product += q[i] * k.at(key, i);
                 score = scored(a, product, query, work.sequence, key);
             }
             const float now = reduce_warp(Max()(highest, score), Max());
@@ -281,8 +226,9 @@ __global__ void piece_f32(Plan plan) {
             for (int i = 0; i < max_dims_per_lane; ++i) values[i] *= scale;
             for (int other = 0; other < warp_size && first + other < work.range.end; ++other) {
                 const float share = __shfl_sync(every_lane, weight, other);
+                if (share == 0.0f) continue;
                 for (int i = 0; lane + i * warp_size < a.head_dim; ++i) {
-                    values[i] += share * v[(first + other) * a.v_strides[2] + lane + i * warp_size];
+                    values[i] += share * v.at(first + other, lane + i * warp_size);
                 }
             }
         }
@@ -347,27 +293,45 @@ int64_t scratch_bytes(const Plan& plan) {
     return tiles * plan.n_pieces * rows * (plan.a.head_dim + 2) * static_cast<int64_t>(sizeof(float));
 }
 
-bool in_16_bytes(const void* pointer, const int64_t (&strides)[3]) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && strides[0] % 8 == 0 && strides[1] % 8 == 0 && strides[2] % 8 == 0;
+// Whether keys or values may be copied in pieces of 16 bytes.
+bool in_16_bytes(const void* pointer, const int64_t (&strides)[3], int64_t element_bytes) {
+    bool fits = reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+    for (const int64_t stride : strides) fits = fits && stride * element_bytes % 16 == 0;
+    return fits;
 }
 
-template <int Dim>
+template <int Dim, bool Bytes>
 void launch_bf16(const Plan& plan, dim3 blocks, void* stream) {
-    const size_t for_tiles = sizeof(Tile<Dim>) * n_warps * stages, for_sums = sizeof(float) * n_warps * rows * (Dim + 2);
+    const size_t for_tiles = sizeof(Stages<Dim, Bytes>), for_sums = sizeof(float) * n_warps * rows * (Dim + 2);
     const size_t bytes = for_tiles > for_sums ? for_tiles : for_sums;
-    check(cudaFuncSetAttribute(piece_bf16<Dim>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
-    const bool by_16_bytes = in_16_bytes(plan.a.k, plan.a.k_strides) && in_16_bytes(plan.a.v, plan.a.v_strides);
-    launch(piece_bf16<Dim>, blocks, threads, bytes, stream, plan, by_16_bytes);
+    const auto kernel = piece_bf16<Dim, Bytes>;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    const llmctl_attention_args& a = plan.a;
+    const int64_t element = Bytes ? 1 : 2;
+    const bool by_16_bytes = in_16_bytes(a.k, a.k_strides, element) && in_16_bytes(a.v, a.v_strides, element);
+    launch(kernel, blocks, threads, bytes, stream, plan, by_16_bytes);
 }
 
+template <bool Bytes>
 void launch_bf16(const Plan& plan, dim3 blocks, void* stream) {
     const int64_t dim = plan.a.head_dim;
-    if (dim <= 32) return launch_bf16<32>(plan, blocks, stream);
-    if (dim <= 64) return launch_bf16<64>(plan, blocks, stream);
-    if (dim <= 96) return launch_bf16<96>(plan, blocks, stream);
-    if (dim <= 128) return launch_bf16<128>(plan, blocks, stream);
-    if (dim <= 192) return launch_bf16<192>(plan, blocks, stream);
-    return launch_bf16<256>(plan, blocks, stream);
+    if (dim <= 32) return launch_bf16<32, Bytes>(plan, blocks, stream);
+    if (dim <= 64) return launch_bf16<64, Bytes>(plan, blocks, stream);
+    if (dim <= 96) return launch_bf16<96, Bytes>(plan, blocks, stream);
+    if (dim <= 128) return launch_bf16<128, Bytes>(plan, blocks, stream);
+    if (dim <= 192) return launch_bf16<192, Bytes>(plan, blocks, stream);
+    return launch_bf16<256, Bytes>(plan, blocks, stream);
+}
+
+void launch_pieces(int32_t dtype, const Plan& plan, dim3 blocks, void* stream) {
+    const int32_t kv_dtype = plan.a.kv_dtype;
+    if (kv_dtype == LLMCTL_I8 && !(plan.a.k_scales && plan.a.v_scales)) throw std::invalid_argument("bytes without scales");
+    if (kv_dtype != dtype && kv_dtype != LLMCTL_I8) throw std::invalid_argument("keys and values of no such type");
+    if (dtype == LLMCTL_BF16) {
+        kv_dtype == LLMCTL_I8 ? launch_bf16<true>(plan, blocks, stream) : launch_bf16<false>(plan, blocks, stream);
+    } else {
+        launch(kv_dtype == LLMCTL_I8 ? piece_f32<uint8_t> : piece_f32<float>, blocks, threads, 0, stream, plan);
+    }
 }
 
 }  // namespace
@@ -389,11 +353,7 @@ int llmctl_cuda_attention(int32_t dtype, const llmctl_attention_args* args, void
         const dim3 blocks(static_cast<unsigned>(plan.n_pieces), tiles), for_rows(cuda::rows, tiles);
         cuda::with_element(dtype, [&](auto* element) {
             using Element = std::remove_pointer_t<decltype(element)>;
-            if (dtype == LLMCTL_F32) {
-                cuda::launch(cuda::piece_f32, blocks, cuda::threads, 0, stream, plan);
-            } else {
-                cuda::launch_bf16(plan, blocks, stream);
-            }
+            cuda::launch_pieces(dtype, plan, blocks, stream);
             cuda::launch(cuda::join<Element>, for_rows, cuda::threads, 0, stream, plan);
         });
     });

@@ -33,6 +33,13 @@ __device__ __forceinline__ uint16_t bf16_bits(float x) {
 __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
     return bf16_bits(low) | static_cast<uint32_t>(bf16_bits(high)) << 16;
 }
+// Two of a word's bytes less a whole number, as a pair: exact as far as the difference is one of 8 bits.
+__device__ __forceinline__ uint32_t bf16_of_bytes(uint32_t word, int first, int second, float less) {
+    const float offset = 8388608.0f + less;  // 2^23, whose bits are 0x4B000000, and the last of them count ones
+    const float low = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 | first)) - offset;
+    const float high = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 | second)) - offset;
+    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+}
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 __device__ __forceinline__ void store(Bf16* to, float x) { to->bits = bf16_bits(x); }
 

@@ -58,10 +58,7 @@ __device__ __forceinline__ uint32_t weight_pair(uint32_t word, int place, uint32
     if (Bits == 4) {  // 0x4300 is 128, and its last bits count ones
         return add_bf16_pair((word >> (4 * place) & 0x000F000Fu) | 0x43004300u, (0xC300u | zero) * 0x10001u);
     }
-    const float offset = 8388608.0f + static_cast<float>(zero);  // 0x4B000000 is 2^23: the same in float32
-    const float low = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 | place)) - offset;
-    const float high = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440 | (place + 2))) - offset;
-    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
+    return bf16_of_bytes(word, place, place + 2, static_cast<float>(zero));
 }
 
 // The left operand of two products: rows g and g + 8 are outputs 2 * pair and 2 * pair + 1 of the lane's four, the columns what
@@ -246,7 +243,7 @@ void launch_product(const Product& p, void* stream) {
     const dim3 blocks(static_cast<unsigned>((p.weights.stored.n_out + outs - 1) / outs), static_cast<unsigned>(row_tiles),
                       static_cast<unsigned>(p.n_pieces));
     constexpr uintptr_t bytes = 4 * sizeof(Element);
-    const bool aligned = reinterpret_cast<uintptr_t>(p.x) % bytes == 0 && p.x_stride % 4 == 0;
+    const bool aligned = reinterpret_cast<uintptr_t>(p.x) % bytes == 0 && (p.n_rows == 1 || p.x_stride % 4 == 0);
     const auto kernel = rows == tile_rows ? product<Bits, ScaleBytes, Element, 1> : product<Bits, ScaleBytes, Element, most_tiles>;
     launch(kernel, blocks, threads, 0, stream, p, aligned);
 }

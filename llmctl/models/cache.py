@@ -12,6 +12,7 @@ import torch
 from llmctl.models import rope_scaling
 from llmctl.models.config import Attention, Mamba, Mamba2, ModelConfig, Recurrent
 from llmctl.models.memory import Memory
+from llmctl.ops.cached_attention import InBytes
 
 if TYPE_CHECKING:
     from llmctl.models.decode_graph import DecodeGraph
@@ -163,7 +164,7 @@ class KeyValues:
 
 class QuantizedKeyValues(KeyValues):
     """The same in bytes, (byte - 128) * scale, with a scale [B, G, capacity] for each token and head: the largest of its
-    elements is 127 times that. One with NaN or infinity has the scale NaN."""
+    elements is 127 times that. One with NaN or infinity has the scale NaN. What `append` returns is `InBytes`, too."""
 
     NAMES = (*KeyValues.NAMES, "key_scales", "value_scales")
 
@@ -176,9 +177,9 @@ class QuantizedKeyValues(KeyValues):
         (keys, key_scales), (values, value_scales) = _encoded(k_BGTK), _encoded(v_BGTK)
         return keys, values, key_scales, value_scales
 
-    def _up_to(self, end: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def _up_to(self, end: int, dtype: torch.dtype) -> tuple[InBytes, InBytes]:
         keys, values, key_scales, value_scales = (tensor[:, :, :end] for tensor in self.tensors)
-        return _decoded(keys, key_scales).to(dtype), _decoded(values, value_scales).to(dtype)
+        return InBytes(keys, key_scales), InBytes(values, value_scales)
 
 
 def _encoded(x_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,10 +190,6 @@ def _encoded(x_BGTK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = (x_BGTK / scales[..., None]).round().masked_fill(~is_usable[..., None], 0.0)
     scales = torch.where(is_usable, scales, torch.where(scales.isfinite(), 0.0, math.nan))
     return (codes + 128).to(torch.uint8), scales
-
-
-def _decoded(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    return (codes.float() - 128) * scales[..., None]
 
 
 class State:

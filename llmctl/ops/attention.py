@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from llmctl.ops import blocked_attention, cached_attention
+from llmctl.ops.cached_attention import InBytes
 from llmctl.ops.visibility import Visibility
 
 
 def attention(
     q_BHTK: torch.Tensor,
-    k_BGSK: torch.Tensor,
-    v_BGSK: torch.Tensor,
+    k_BGSK: torch.Tensor | InBytes,
+    v_BGSK: torch.Tensor | InBytes,
     visibility: Visibility,
     *,
     scale: float | None = None,
@@ -27,6 +28,11 @@ def attention(
     if not dropout and cached_attention.applies(q_BHTK, k_BGSK, v_BGSK):
         return cached_attention.attention(
             q_BHTK, k_BGSK, v_BGSK, visibility, scale=scale, softcap=softcap, bias_HTS=bias_HTS
+        )
+    if isinstance(k_BGSK, InBytes):
+        k_BGSK, v_BGSK = k_BGSK.decoded(q_BHTK.dtype), v_BGSK.decoded(q_BHTK.dtype)
+        return attention(
+            q_BHTK, k_BGSK, v_BGSK, visibility, scale=scale, softcap=softcap, bias_HTS=bias_HTS, dropout=dropout
         )
     plain = scale is None and softcap is None and bias_HTS is None and not dropout
     starts_at_zero = visibility.causal and visibility.offset == 0 and visibility.end_BT is None
@@ -56,7 +62,7 @@ def attention(
 
 def attention_weights(
     q_BHTK: torch.Tensor,
-    k_BGSK: torch.Tensor,
+    k_BGSK: torch.Tensor | InBytes,
     visibility: Visibility,
     *,
     scale: float | None = None,
@@ -64,6 +70,7 @@ def attention_weights(
     bias_HTS: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The softmax itself, [B, H, T, S] float32: how much each query takes from each key."""
+    k_BGSK = k_BGSK.decoded(q_BHTK.dtype) if isinstance(k_BGSK, InBytes) else k_BGSK
     scale = q_BHTK.shape[-1] ** -0.5 if scale is None else scale
     scores_BHTS = (q_BHTK * scale).float() @ _repeat_heads(k_BGSK, q_BHTK).float().mT
     if softcap is not None:

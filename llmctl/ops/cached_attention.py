@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,9 @@ from llmctl.ops.visibility import Visibility
 
 MAX_HEAD_DIM = 256
 """LLMCTL_ATTENTION_MAX_HEAD_DIM of csrc/llmctl.h."""
+
+BYTES = 3
+"""LLMCTL_I8 there."""
 
 FEW_QUERIES = 8
 """Up to so many a CUDA device reads the keys by the kernel made for decoding; torch's are made for prompts."""
@@ -40,8 +44,23 @@ class Args(ctypes.Structure):
     ]
 
 
-def applies(q_BHTK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor) -> bool:
-    """Whether `attention` can be called: no gradient is asked for, and the kernel exists here and takes these."""
+@dataclass(frozen=True)
+class InBytes:
+    """Keys or values as a cache in bytes holds them: (code - 128) * scale of `codes_BGSK` (uint8) and `scales_BGS` (float32)."""
+
+    codes_BGSK: torch.Tensor
+    scales_BGS: torch.Tensor
+
+    def decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        return ((self.codes_BGSK.float() - 128) * self.scales_BGS[..., None]).to(dtype)
+
+
+def applies(q_BHTK: torch.Tensor, k_BGSK: torch.Tensor | InBytes, v_BGSK: torch.Tensor | InBytes) -> bool:
+    """Whether `attention` can be called: no gradient is asked for, and the kernel exists here and takes these; bytes only on
+    a CUDA device."""
+    if isinstance(k_BGSK, InBytes):
+        few = q_BHTK.shape[-1] <= MAX_HEAD_DIM and q_BHTK.shape[2] <= FEW_QUERIES
+        return few and cuda_library(q_BHTK) is not None
     if q_BHTK.shape[-1] > MAX_HEAD_DIM or k_BGSK.shape != v_BGSK.shape:
         return False
     if q_BHTK.shape[2] <= FEW_QUERIES and cuda_library(q_BHTK, k_BGSK, v_BGSK) is not None:
@@ -51,8 +70,8 @@ def applies(q_BHTK: torch.Tensor, k_BGSK: torch.Tensor, v_BGSK: torch.Tensor) ->
 
 def attention(
     q_BHTK: torch.Tensor,
-    k_BGSK: torch.Tensor,
-    v_BGSK: torch.Tensor,
+    k_BGSK: torch.Tensor | InBytes,
+    v_BGSK: torch.Tensor | InBytes,
     visibility: Visibility,
     *,
     scale: float | None = None,
@@ -61,6 +80,10 @@ def attention(
 ) -> torch.Tensor:
     """[B, H, T, K] laid out as [B, T, H, K]; a query that sees no key gets 0."""
     batch, n_heads, n_queries, head_dim = q_BHTK.shape
+    scales = ()
+    if isinstance(k_BGSK, InBytes):
+        scales = k_BGSK.scales_BGS, v_BGSK.scales_BGS
+        k_BGSK, v_BGSK = k_BGSK.codes_BGSK, v_BGSK.codes_BGSK
     first_BT, end_BT, origin_B = visibility.first_BT, visibility.end_BT, visibility.origin_B
     tensors = [
         None if first_BT is None else first_BT.expand(batch, n_queries),
@@ -74,7 +97,7 @@ def attention(
         softcap or 0.0,
     ]
     run = _operator if torch.compiler.is_compiling() else _run
-    return run(q_BHTK, k_BGSK, v_BGSK, *tensors, *numbers).transpose(1, 2)
+    return run(q_BHTK, k_BGSK, v_BGSK, *tensors, *numbers, *scales).transpose(1, 2)
 
 
 def _run(
@@ -88,19 +111,23 @@ def _run(
     causal_offset: int,
     scale: float,
     softcap: float,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
-    args = arguments(q, k, v, out, first, end, origins, bias, causal_offset, scale, softcap)
-    if device := cuda_library(q, k, v):
+    args = arguments(q, k, v, out, first, end, origins, bias, causal_offset, scale, softcap, k_scales, v_scales)
+    if device := cuda_library(q, *((k, v) if k_scales is None else ())):
         on_cuda(device, q, args)
     else:
         native.call(inference_library(), "llmctl_attention", DTYPES[q.dtype], ctypes.byref(args))
     return out
 
 
-def arguments(q, k, v, out, first, end, origins, bias, causal_offset, scale, softcap) -> Args:
-    """Tensors as C takes them; q, k and v with their last dimension dense, out [B, T, H, K]."""
+def arguments(
+    q, k, v, out, first, end, origins, bias, causal_offset, scale, softcap, k_scales=None, v_scales=None
+) -> Args:
+    """Tensors as C takes them; q, k and v with their last dimension dense, out [B, T, H, K]. Scales of bytes [B, G, S]."""
     batch, heads, queries, head_dim = q.shape
     return Args(
         *(x.data_ptr() for x in (q, k, v, out)),
@@ -114,7 +141,9 @@ def arguments(q, k, v, out, first, end, origins, bias, causal_offset, scale, sof
         (0, 0, 0, 0) if bias is None else bias.stride(),
         scale,
         softcap,
-        kv_dtype=DTYPES[q.dtype],
+        *(None if x is None else x.data_ptr() for x in (k_scales, v_scales)),
+        (0, 0) if k_scales is None else k_scales.stride()[:2],
+        DTYPES[q.dtype] if k_scales is None else BYTES,
     )
 
 

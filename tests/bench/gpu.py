@@ -24,6 +24,7 @@ from llmctl.generation.settings import Sampling, resolve
 from llmctl.models.cache import Cache
 from llmctl.ops import activation, norm
 from llmctl.ops.attention import attention
+from llmctl.ops.cached_attention import InBytes
 from llmctl.ops.visibility import Visibility
 
 
@@ -124,6 +125,11 @@ def main() -> None:
         ours, theirs = both(lambda q=q, k=k, v=v, seen=seen: attention(q, k, v, seen), repeats)
         share = 4 * k.numel() / ours / 1e6 / bandwidth
         row(f"decode attention B{batch} H{heads}/{kv_heads} S{length} K128", ours, theirs, f"{share:.0%} of copy")
+        codes = torch.randint(0, 256, k.shape, dtype=torch.uint8, device="cuda")
+        held = InBytes(codes, torch.rand(k.shape[:3], device="cuda")), InBytes(codes.clone(), k[..., 0].float())
+        ours, theirs = both(lambda q=q, held=held, seen=seen: attention(q, *held, seen), repeats)
+        share = 2 * codes.numel() * (1 + 4 / 128) / ours / 1e6 / bandwidth
+        row("  the same, keys and values in int8", ours, theirs, f"{share:.0%} of copy")
     for rows, top_k in [(1, 50), (32, 50), (32, 0)]:
         settings = [resolve(Sampling(seed=i, top_k=top_k, top_p=0.9)) for i in range(rows)]
         logits = torch.randn(rows, 128_256, device="cuda") * 3

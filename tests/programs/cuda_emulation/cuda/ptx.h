@@ -17,6 +17,7 @@ inline void copy_16_bytes_async(void* to, const void* from) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) std::abort();
     std::memcpy(to, from, 16);
 }
+inline void copy_4_bytes_async(void* to, const void* from) { std::memcpy(to, from, 4); }
 inline void commit_copies() {}
 template <int Pending>
 void wait_for_copies() {}
