@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -207,6 +208,15 @@ def test_wrong_targets_and_ranks_are_named(base):
     assert "q_proj" in caught.value.hint
     with pytest.raises(CalledWrongly, match="lm_hed"):
         adapter.attach(load_model(path), methods.Lora(modules_to_save=("lm_hed",)))
+
+
+def test_embeddings_of_a_bfloat16_base_are_trained_whole(base):
+    model = load_model(base[1], torch.bfloat16)
+    adapter.attach(model, methods.Lora(rank=2, modules_to_save=("embed_tokens",)))
+    with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+        warnings.simplefilter("error")
+        model.train()(IDS).float().square().mean().backward()
+    assert model.embed_tokens.weight.dtype == torch.float32 and model.embed_tokens.weight.grad.abs().max() > 0
 
 
 def test_an_adapter_with_gaps_is_refused(base, tmp_path):

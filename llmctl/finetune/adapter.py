@@ -182,7 +182,12 @@ def _ends_with(parameter_name: str, module: str) -> bool:
 
 def _unfreeze(model: nn.Module, modules: tuple[str, ...]) -> None:
     """Train these modules whole: their parameters go into the adapter as they are."""
-    _train(model, {name for _, ours, _ in _whole_rows(model, modules) for name in ours})
+    wanted = {name for _, ours, _ in _whole_rows(model, modules) for name in ours}
+    _train(model, wanted)
+    if any("embed_" in name for name in wanted):  # norms of what float32 embeddings begin must be of that dtype, too
+        for module in model.modules():
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.float()
 
 
 def _train(model: nn.Module, wanted: set[str]) -> None:
