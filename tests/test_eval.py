@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,9 @@ def test_likelihoods_do_not_depend_on_the_batch_size(checkpoint, name, dtype):
     forks += [Fork((7,), [tuple(draw.choices(range(256), k=draw.randint(1, 100)))]) for _ in range(20)]
     once = scored(model, forks, 32)
     assert all(scored(model, forks, batch_size) == once for batch_size in (1, 3, 7))
+    unasked = dict(LikelihoodScorer(model, None, 5).score(forks, asks_greedy=False))
+    plain = [[replace(each, is_greedy=None) for each in found] for found in once]
+    assert [unasked[number] for number in range(len(forks))] == plain
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])

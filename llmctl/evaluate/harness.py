@@ -151,7 +151,7 @@ def rolling(judge: LanguageModelJudge, text: str) -> float:
     size = perplexity.sizes(judge.room, None, None)
     ids = judge.encoder.text(text)
     forks = list(perplexity.windows((judge.encoder.prefix_id, *ids), *size))
-    return math.fsum(each.logprob for _, found in judge.scorer.score(forks) for each in found)
+    return math.fsum(each.logprob for _, found in judge.scorer.score(forks, asks_greedy=False) for each in found)
 
 
 def texts(judge: LanguageModelJudge, requests: Sequence[tuple[str, dict]]) -> Iterator[tuple[int, str]]:

@@ -91,7 +91,7 @@ class LanguageModelJudge:
                 yield said[place]
         counts = collections.Counter(place for place, _ in owners)
         missing = [[None] * counts[place] for place in range(len(items))]
-        for number, likelihoods in self.scorer.score(forks):
+        for number, likelihoods in self.scorer.score(forks, asks_greedy=task.kind == "cloze"):
             place, part = owners[number]
             missing[place][part] = likelihoods
             if None not in missing[place]:
