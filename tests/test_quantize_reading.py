@@ -165,6 +165,14 @@ def cut(tensors, name) -> None:
         (lambda tensors: tensors[f"{LINEAR}.g_idx"].fill_(1), "does not part"),
         (lambda tensors: tensors.update({f"{LINEAR}.qweight": tensors[f"{LINEAR}.qweight"].float()}), "dtype float32"),
         (lambda tensors: cut(tensors, "qweight"), "shape|needs|part"),
+        (
+            lambda tensors: tensors.update({f"{LINEAR}.qweight": torch.tensor(3)}),
+            "qweight has shape .*; the layout says",
+        ),
+        (
+            lambda tensors: tensors.update({f"{LINEAR}.qweight": torch.zeros(9)}),
+            "qweight has shape .*; the layout says",
+        ),
     ],
 )
 def test_what_is_truncated_or_damaged_is_named(tmp_path, change, message):

@@ -39,7 +39,7 @@ class AwqFiles:
         return self._modules
 
     def shape(self, module: str) -> tuple[int, int]:
-        n_in, n_words = self._files.shape(f"{module}.qweight")
+        n_in, n_words = parts.matrix_shape(self._files, module, "qweight")
         return n_words * 8, n_in
 
     def packed(self, module: str) -> AffineWeight:

@@ -45,7 +45,7 @@ class BitsAndBytes:
 
     def shape(self, module: str) -> tuple[int, int]:
         if "SCB" in self._modules[module]:
-            return self._files.shape(f"{module}.weight")
+            return parts.matrix_shape(self._files, module, "weight")
         return tuple(self._state(module)["shape"])
 
     def packed(self, module: str) -> AffineWeight | TableWeight:

@@ -46,7 +46,7 @@ class CompressedTensors:
 
     def shape(self, module: str) -> tuple[int, int]:
         if "weight_packed" not in self._modules[module]:
-            return self._files.shape(f"{module}.weight")
+            return parts.matrix_shape(self._files, module, "weight")
         n_out, n_in = parts.tensor(self._files, module, "weight_shape", (2,), (torch.int64, torch.int32)).tolist()
         if self._files.shape(f"{module}.weight_packed")[:1] != (n_out,) or n_in < 1:
             raise UserError(f"{self._files.path}: {module}.weight_packed does not have the rows of {[n_out, n_in]}")

@@ -40,7 +40,7 @@ class GptqFiles:
         return self._modules
 
     def shape(self, module: str) -> tuple[int, int]:
-        n_words, n_out = self._files.shape(f"{module}.qweight")
+        n_words, n_out = parts.matrix_shape(self._files, module, "qweight")
         return n_out, n_words * words.WORD // self._bits
 
     def packed(self, module: str) -> AffineWeight:

@@ -45,6 +45,14 @@ def tensor(
     return found
 
 
+def matrix_shape(files: TensorFiles, module: str, ending: str) -> tuple[int, int]:
+    """Of one tensor of a module. Raises UserError where it is no matrix."""
+    shape = files.shape(f"{module}.{ending}")
+    if len(shape) != 2:
+        raise UserError(f"{files.path}: {module}.{ending} has shape {list(shape)}; the layout says a matrix")
+    return shape
+
+
 def number(files: TensorFiles, said: Mapping, key: str) -> int | None:
     """A whole number of `quantization_config`; None where it has none. Raises UserError for anything else."""
     value = said.get(key)
