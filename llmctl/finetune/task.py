@@ -59,9 +59,6 @@ def finetuning(
     planning.refuse_contradictions(settings)
     if settings.overwrite:
         files.refuse_input(output, filter(None, [model, settings.teacher, settings.retain, *inputs]))
-    # What a learned model gives no weight has gradients too small for normal floats, which a CPU takes a hundred cycles each
-    # for: zero is as good. Threads that start after this have it too.
-    torch.set_flush_denormal(True)
     return training(Finetuning(planning.with_length(settings), model), inputs, output, given, began)
 
 
