@@ -26,6 +26,7 @@ from llmctl.chat_view.markdown import MarkdownStream
 from llmctl.chat_view.terminal import Terminal
 from llmctl.errors import CalledWrongly, UserError
 from llmctl.finetune.data.template import with_template
+from llmctl.model_settings import EngineSettings
 from llmctl.tokenizer import Tokenizer
 
 # What each family's template says of tools, as far as it matters here: how a call and a result are written.
@@ -75,7 +76,7 @@ def engines(tmp_path_factory):
     found = {}
     for name, template in TEMPLATES.items():
         with_template(Tokenizer.bytes(), template).save(path)
-        found[name] = Scripted.open(path, device="cpu")
+        found[name] = Scripted.open(path, EngineSettings(device="cpu"))
     return found
 
 
@@ -199,7 +200,7 @@ def test_a_model_that_never_stops_calling_is_stopped(engines):
 
 
 def test_a_template_without_tools_gets_them_in_the_system_message(tmp_path):
-    engine = Scripted.open(save_model(tmp_path / "m", positions=4096), device="cpu")
+    engine = Scripted.open(save_model(tmp_path / "m", positions=4096), EngineSettings(device="cpu"))
     talk = talk_with(engine, [written("hermes", "calculator", {"expression": "6*7"}), "42"])
     assert [happened.result for happened in called(talk.ask("hi"))] == ["42"]
     assert not talk.tools.format.is_known and "You may call these functions" in engine.prompts[0]
