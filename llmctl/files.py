@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import ctypes
 import errno
@@ -45,6 +46,17 @@ def staged_file(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Bi
         partial.unlink(missing_ok=True)
         raise
     flush(target.parent)
+
+
+def read_lines(path: str | os.PathLike) -> list[bytes]:
+    """The lines of a small file, without a byte order mark; `UserError` where it cannot be read, or is a device: some never
+    end."""
+    try:
+        if Path(path).is_char_device():
+            raise UserError(f"{path}: a device, not a file")
+        return Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
 
 
 def read_json(path: str | os.PathLike) -> Any:

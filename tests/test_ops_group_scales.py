@@ -61,3 +61,10 @@ def test_rows_that_lie_apart_and_those_that_do_not():
         found = group_scales(view, 32, 4, True, SHRINKS)
         for ours, theirs in zip(found, group_scales(view.contiguous(), 32, 4, True, SHRINKS)):
             assert torch.allclose(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_another_dtype_are_not_taken_for_float32(dtype):
+    weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for ours, theirs in zip(group_scales(weight, 32, 4, True, (1.0,)), reference(weight, 32, 4, True, (1.0,))):
+        assert torch.equal(ours, theirs)

@@ -416,6 +416,15 @@ private:
         return values_ + (keys * (dims_ / 16) + d / 16) * tile_elements;
     }
 
+    // 32 keys' weights of the first tile of rows times their values of 32 dims, which stay in tiles 6 and 7.
+    LLMCTL_INLINE void weigh(int64_t keys, const Bf16* values) const {
+        tile_load<4>(weights_at(0, keys), 64);
+        tile_load<6>(values, 64);
+        tile_load<7>(values + tile_elements, 64);
+        tile_dot_bf16<0, 4, 6>();
+        tile_dot_bf16<1, 4, 7>();
+    }
+
     // Weights times values for 64 dims, or the last 32.
     void weigh_one(int64_t d, AttentionSums& to) {
         const bool is_wide = d + 32 < dims_;
@@ -423,11 +432,7 @@ private:
         for (int64_t keys = begin_ / pair_keys; keys < end_ / pair_keys; ++keys) {
             ahead_.go_on(32);
             const Bf16* values = values_at(keys, d);
-            tile_load<4>(weights_at(0, keys), 64);
-            tile_load<6>(values, 64);
-            tile_load<7>(values + tile_elements, 64);
-            tile_dot_bf16<0, 4, 6>();
-            tile_dot_bf16<1, 4, 7>();
+            weigh(keys, values);
             if (!is_wide) continue;
             tile_load<6>(values + 2 * tile_elements, 64);
             tile_load<7>(values + 3 * tile_elements, 64);
@@ -443,12 +448,7 @@ private:
         for (const int64_t last = d + 64 < dims_ ? d + 64 : dims_; d < last; d += 32) {
             zero_sums();
             for (int64_t keys = begin_ / pair_keys; keys < end_ / pair_keys; ++keys) {
-                const Bf16* values = values_at(keys, d);
-                tile_load<4>(weights_at(0, keys), 64);
-                tile_load<6>(values, 64);
-                tile_load<7>(values + tile_elements, 64);
-                tile_dot_bf16<0, 4, 6>();
-                tile_dot_bf16<1, 4, 7>();
+                weigh(keys, values_at(keys, d));
                 tile_load<5>(weights_at(1, keys), 64);
                 tile_dot_bf16<2, 5, 6>();
                 tile_dot_bf16<3, 5, 7>();

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from llmctl.chat.engine import Engine
 from llmctl.errors import UserError
+from llmctl.files import read_lines
 from llmctl.finetune.data.messages import from_openai
 from llmctl.generation.settings import Sampling
 
@@ -39,10 +38,7 @@ def pair(
 
 def read_prompts(path: str | os.PathLike) -> Iterator[list[dict]]:
     """Messages from lines of text or of JSON with prompt or messages. Raises `UserError` naming the line."""
-    try:
-        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    lines = read_lines(path)
     if not any(line.strip() for line in lines):
         raise UserError(f"{path}: no questions in it")
     for number, line in enumerate(lines, 1):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.errors import UserError
+from llmctl.files import read_lines
 
 CHOICES = ("1", "2", "tie", "both bad")
 """Which answer is better, in the order in which they were shown."""
@@ -37,11 +38,9 @@ def append(
 def read(path: str | os.PathLike) -> list[Vote]:
     """Raises `UserError` naming the line, and where there is none."""
     try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(
-            f"{path}: {(error.strerror or str(error)).lower()}", hint="llmctl arena A B --prompts F asks for votes"
-        ) from error
+        lines = read_lines(path)
+    except UserError as error:
+        raise UserError(error.message, hint="llmctl arena A B --prompts F asks for votes") from error
     votes = [_vote(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not votes:
         raise UserError(f"{path}: no votes in it")

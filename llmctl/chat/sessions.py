@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from typing import Any
 
 from llmctl.chat.conversation import MAIN, Conversation
 from llmctl.errors import UserError
-from llmctl.files import write_atomic
+from llmctl.files import read_lines, write_atomic
 from llmctl.finetune.data.messages import from_openai
 
 STATE_VARIABLE = "XDG_STATE_HOME"
@@ -54,13 +53,7 @@ def save(conversation: Conversation, path: str | os.PathLike, model: str, templa
 
 def load(path: str | os.PathLike, template: str) -> tuple[Conversation, list[str]]:
     """The conversation of a file, and what a person should know of it. Raises `UserError` naming the line."""
-    if Path(path).is_char_device():  # some never end
-        raise UserError(f"{path}: a device, which holds no conversation")
-    try:
-        lines = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {(error.strerror or str(error)).lower()}") from error
-    rows = [_row(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [_row(line, f"{path}: line {number}") for number, line in enumerate(read_lines(path), 1) if line.strip()]
     if not rows:
         raise UserError(f"{path}: no conversation in it")
     names: dict[str, list[dict]] = {}

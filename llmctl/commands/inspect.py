@@ -36,8 +36,8 @@ from llmctl.pictures.settings import AttentionSettings, EmbeddingMapSettings
 def command(path, show, tensors, verify, as_json, attention, embedding, output, overwrite):
     """Say what X is: a checkpoint, or the tokens of a corpus.
 
-    X is a checkpoint directory or an adapter's, a token file, a directory of its shards, or - for standard input, which may bring
-    either the path of a checkpoint or a token stream.
+    X is a checkpoint directory or an adapter's, a token file, a directory of its shards, or - for standard input, which may
+    bring either the path of a checkpoint or a token stream.
 
     Of a checkpoint: family, shapes, parameters, where it comes from, and whether its files are those that were saved;
     where they are not, the exit code is 1. Of a token stream, which is read and checked whole: its splits, tokenizer

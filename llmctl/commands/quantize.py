@@ -24,8 +24,8 @@ def command(model, output, settings):
 
     The result is a checkpoint like any other, for every command here and for the programs that --format names. It is run
     beside MODEL on text that calibration did not see, by its weights alone and, where kernels here round what they multiply,
-    as those run it; what they differ by is printed and recorded, and past --tolerance nothing is written (exit 3). Work goes matrix by matrix, for gptq and awq layer by layer, in the memory of
-    a few of them. GPTQ and AWQ checkpoints of other programs can be MODEL too.
+    as those run it; what they differ by is printed and recorded, and past --tolerance nothing is written (exit 3). Work
+    goes matrix by matrix, for gptq and awq layer by layer, in the memory of a few of them. GPTQ and AWQ checkpoints of other programs can be MODEL too.
     """
     from llmctl import ui
     from llmctl.checkpoint import resolve_model

@@ -87,9 +87,8 @@ def _place(checkpoint: Path) -> Path | None:
         return None
     user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "llmctl"
     try:
-        sources = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.glob("*.safetensors"))
-        if config := [path for path in (checkpoint / "config.json",) if path.is_file()]:
-            sources += config
+        inside = [*checkpoint.glob("*.safetensors"), *checkpoint.glob("config.json")]
+        sources = [checkpoint] if checkpoint.is_file() else sorted(inside)
         state = [(path.name, *_state(path)) for path in sources]
         known = json.dumps([VERSION, str(checkpoint.resolve()), state])
         return Path(folder or user.expanduser()) / "laid-out" / hashlib.sha256(known.encode()).hexdigest()[:32]

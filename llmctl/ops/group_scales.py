@@ -39,9 +39,10 @@ def group_scales(
 
     Of the parts `shrinks` of each group's range the one is taken whose nearest codes have the least squared error, each
     column's times its importance; of equals the first. Symmetric codes have the zero 2^(bits - 1), and negative shrinks turn
-    their sign. weight and importance are float32.
+    their sign. The kernel takes float32.
     """
-    library = cpu_library() if weight_NK.device.type == "cpu" and weight_NK.stride(1) == 1 else None
+    fits = weight_NK.device.type == "cpu" and weight_NK.dtype == torch.float32 and weight_NK.stride(1) == 1
+    library = cpu_library() if fits else None
     if library is None:
         return reference(weight_NK, group_size, bits, symmetric, shrinks, importance_K, dtype)
     n_rows, n_in = weight_NK.shape

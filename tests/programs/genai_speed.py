@@ -6,13 +6,13 @@ DIRECTORY holds genai_config.json. Prints a line of JSON: {"prompt": tokens/s, "
 texts together}, medians of the rounds.
 """
 
-import json
 import statistics
 import sys
 import time
 
 import numpy as np
 import onnxruntime_genai as genai
+from rates import print_medians
 
 
 def run(model, batch, n_prompt, n_new):
@@ -35,14 +35,7 @@ def main():
     config = genai.Config(path)
     config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {n_threads}}}}}}}}}')
     model = genai.Model(config)
-    rates = {"prompt": [], "decode": [], "decode_8": []}
-    for number in range(n_rounds + 1):
-        first, each = run(model, 1, n_prompt, n_new)
-        together = run(model, 8, n_prompt, n_new)[1]
-        if number:  # the first round warms up
-            for name, rate in zip(rates, (n_prompt / first, 1 / each, 8 / together)):
-                rates[name].append(rate)
-    print(json.dumps({name: statistics.median(values) for name, values in rates.items()}))
+    print_medians(lambda batch: run(model, batch, n_prompt, n_new), n_prompt, n_rounds)
 
 
 main()

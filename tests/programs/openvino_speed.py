@@ -3,17 +3,16 @@
     python openvino_speed.py MODEL PROMPT NEW THREADS ROUNDS
 
 MODEL is a .gguf file or a directory of OpenVINO's own files. Prints a line of JSON: {"prompt": tokens/s, "decode": tokens/s,
-"decode_8": tokens/s of eight texts together (left out where the model takes one)}, medians of the rounds.
+"decode_8": tokens/s of eight texts together}, medians of the rounds.
 """
 
-import json
-import statistics
 import sys
 import time
 
 import numpy as np
 import openvino
 import openvino_genai
+from rates import print_medians
 
 
 def run(pipeline, batch, n_prompt, n_new):
@@ -34,14 +33,7 @@ def main():
     path, *numbers = sys.argv[1:]
     n_prompt, n_new, n_threads, n_rounds = map(int, numbers)
     pipeline = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=n_threads)
-    rates = {"prompt": [], "decode": [], "decode_8": []}
-    for number in range(n_rounds + 1):
-        first, each = run(pipeline, 1, n_prompt, n_new)
-        together = run(pipeline, 8, n_prompt, n_new)[1]
-        if number:  # the first round warms up
-            for name, rate in zip(rates, (n_prompt / first, 1 / each, 8 / together)):
-                rates[name].append(rate)
-    print(json.dumps({name: statistics.median(values) for name, values in rates.items()}))
+    print_medians(lambda batch: run(pipeline, batch, n_prompt, n_new), n_prompt, n_rounds)
 
 
 main()
